@@ -1,0 +1,52 @@
+# Everything runs inside one virtual environment, which is made on the first call:
+#   make VENV=/other/place PYTHON=/path/to/python3.12 ARGS="-k mapping" test
+
+VENV ?= .venv
+# Processes for pytest, each with one thread (tests/conftest.py).
+WORKERS ?= 2
+# Passed on to pytest or to the quickstart.
+ARGS ?=
+export VENV PYTHON
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The environment is entered as `activate` does it. PYTHONPATH puts this checkout before the one that
+# the environment was made in, for child processes (torchrun) too.
+export PATH := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# Several processes, yet one session: one summary, one closing line.
+PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup
+
+.PHONY: help venv check test test-fast test-all quickstart clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+venv: ## Make the virtual environment (VENV, .venv by default) or find it right
+	@python=$$(bash scripts/find_python.sh) && "$$python" -I scripts/make_venv.py "$(VENV)"
+
+check: venv ## Lint, format, types, shell syntax, layering and file sizes; changes nothing
+	ruff check
+	ruff format --check
+	mypy
+	for script in .ci/run $$(find * -name '*.sh' -not -path '*/site-packages/*'); do bash -n "$$script"; done
+	python -m pytest -q tests/test_layering.py tests/test_file_size.py
+
+test: venv ## All tests but the wide matrices
+	$(PYTEST) -m "not wide" $(ARGS)
+
+test-fast: venv ## Only tests of seconds
+	$(PYTEST) -m "not slow and not wide" $(ARGS)
+
+test-all: venv ## Every test, the wide matrices too
+	$(PYTEST) $(ARGS)
+
+quickstart: venv ## Fine-tune a small DeepSeek-V3 and get a Hugging Face directory back, in minutes
+	bash examples/quickstart.sh $(ARGS)
+
+clean: ## Delete caches and build products; the virtual environment stays
+	rm -rf build dist megatron_dsv3.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find megatron_dsv3 tools examples benchmarks scripts tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""What every test runs under: one thread, no network, this checkout; `gpu` tests where they can.
+
+Set before the first import of torch or transformers, which read these once. A value from outside
+wins; child processes (torchrun) inherit them.
+"""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    # Two pytest processes on two cores; torch would start a thread per core in each.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Compiling costs more than the tiny models that it would speed up: start-up halves without.
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    # Megatron-Core demands it for TP with sequence parallelism on GPUs before Blackwell.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
+
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+)
+
+
+@functools.cache
+def missing_for_gpu() -> str | None:
+    """Why `gpu` tests can't run here; None where they can."""
+    import torch  # here, as most runs have no gpu test and need no torch for that
+
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, torch.cuda.is_available() is False"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "needs Transformer Engine: pip install --no-build-isolation -e .[gpu]"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := missing_for_gpu()):
+        pytest.skip(reason)
