@@ -1,0 +1,116 @@
+"""How the model is spread over processes: a size for each kind of parallelism, and its rules."""
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.section import Section
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class Parallel(Section):
+    """The grid of processes: world = tp * pp * cp * dp, and for experts etp * ep * pp * edp."""
+
+    tp_size: Size = 1
+    """Tensor parallelism: ranks that share each layer outside the experts, by heads and widths.
+    Two or more also share the sequence between these layers."""
+    pp_size: Size = 1
+    """Pipeline parallelism: stages that hold the layers one after another."""
+    vpp_size: Size = 1
+    """Model chunks per pipeline stage. More make the pipeline's bubble smaller and its traffic
+    larger; needs pp_size > 1."""
+    ep_size: Size = 1
+    """Expert parallelism: ranks among which the routed experts of a layer are dealt out."""
+    etp_size: Size = 1
+    """Tensor parallelism inside each routed expert."""
+    cp_size: Size = 1
+    """Context parallelism: ranks that share each sequence outside and inside attention."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between tensor-parallel layers are cut along the sequence."""
+        return self.tp_size > 1
+
+    @property
+    def num_chunks(self) -> int:
+        """Pieces that the model is cut into along its depth."""
+        return self.pp_size * self.vpp_size
+
+    def dp_size(self, world_size: int) -> int:
+        """Copies of the model outside the experts.
+
+        Raises:
+            ValueError: The sizes do not divide the world.
+        """
+        return self._quotient(world_size, "dp", ("tp_size", "pp_size", "cp_size"))
+
+    def edp_size(self, world_size: int) -> int:
+        """Copies of each expert.
+
+        Raises:
+            ValueError: The sizes do not divide the world.
+        """
+        return self._quotient(world_size, "edp", ("etp_size", "ep_size", "pp_size"))
+
+    def problems(self, arch: Architecture, world_size: int) -> list[str]:
+        """Why this model cannot be spread so over this many processes; empty where it can."""
+        problems = []
+        for size in (self.dp_size, self.edp_size):
+            try:
+                size(world_size)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems + self._width_problems(arch) + self.depth_problems(arch)
+
+    def depth_problems(self, arch: Architecture) -> list[str]:
+        """Why the layers do not go on these stages."""
+        problems = []
+        if self.vpp_size > 1 and self.pp_size == 1:
+            problems.append(f"vpp_size({self.vpp_size}) needs pp_size > 1; set vpp_size to 1")
+        if self.num_chunks > arch.num_layers:
+            problems.append(
+                f"pp_size({self.pp_size}) * vpp_size({self.vpp_size}) = {self.num_chunks} chunks, "
+                f"but the model has {arch.num_layers} layers; use at most one chunk a layer"
+            )
+        return problems
+
+    def _quotient(self, world_size: int, copies: str, names: tuple[str, ...]) -> int:
+        sizes: dict[str, int] = {name: getattr(self, name) for name in names}
+        product = math.prod(sizes.values())
+        if world_size % product:
+            factors = " * ".join(f"{name}({size})" for name, size in sizes.items())
+            raise ValueError(
+                f"world size {world_size} is not {factors} * {copies}; start a multiple of "
+                f"{product} processes or change a size"
+            )
+        return world_size // product
+
+    def _width_problems(self, arch: Architecture) -> list[str]:
+        shared = arch.moe_ffn_hidden_size * arch.num_shared_experts
+        # The latents and the rotary key are whole on every tensor-parallel rank: no rule for them.
+        rules = (
+            ("num_attention_heads", arch.num_heads, "tp_size"),
+            ("intermediate_size", arch.ffn_hidden_size, "tp_size"),
+            ("moe_intermediate_size * n_shared_experts", shared, "tp_size"),
+            ("vocab_size", arch.vocab_size, "tp_size"),
+            ("n_routed_experts", arch.num_experts, "ep_size"),
+            ("moe_intermediate_size", arch.moe_ffn_hidden_size, "etp_size"),
+        )
+        return [
+            f"{name} {width} is not divisible by {size}({getattr(self, size)}); "
+            + _way_out(name, width, getattr(self, size))
+            for name, width, size in rules
+            if width % getattr(self, size)
+        ]
+
+
+def _way_out(name: str, width: int, size: int) -> str:
+    largest = max(n for n in range(1, size) if width % n == 0)
+    smaller = f"the next smaller size that fits is {largest}"
+    if name != "vocab_size":
+        return smaller
+    padded = math.ceil(width / size) * size
+    return f"{smaller}, or pad embed_tokens and lm_head to {padded} rows and set vocab_size to that"
