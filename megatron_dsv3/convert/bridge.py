@@ -1,0 +1,205 @@
+"""A live, sharded model <-> Hugging Face: every rank reads its slices and takes part in the export.
+
+Both ways walk the one table. Strict: a tensor that is unmapped, missing, surplus or wrongly shaped
+stops the work on every rank, all names listed, before anything else goes on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.placement import Stage, place
+from megatron_dsv3.convert.hf_io import HFReader
+from megatron_dsv3.convert.mapping import (
+    Param,
+    Shard,
+    by_mcore_name,
+    expand,
+    exported_copies,
+    global_name,
+    mcore_copies,
+)
+from megatron_dsv3.convert.tensors import from_shards, hf_slices, pieces_of, shard_shape
+from megatron_dsv3.model.groups import Groups, raise_together
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A model's chunks on this rank, and what places their parameters in the whole model."""
+
+    chunks: Sequence[nn.Module]
+    """Unwrapped, one per virtual stage."""
+    arch: Architecture
+    parallel: Parallel
+    groups: Groups
+
+    def load(self, reader: HFReader) -> None:
+        """Fills the chunks, reading just this rank's slices.
+
+        Raises:
+            ValueError: On every rank, if any rank failed; the model must not be used then.
+        """
+        problem = ""
+        try:
+            reader.check_against(self.arch)
+            for param, tensor in self.local_tensors():
+                self._fill(param, tensor, reader)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        raise_together(problem)
+
+    def export(self, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The whole model as (HF name, CPU tensor), on rank 0 only, one parameter in flight.
+
+        Collective: every rank must exhaust it. MTP's copies of embedding and head are written, and
+        `expert_bias` stays fp32.
+        """
+        held = {param.mcore: tensor for param, tensor in self.local_tensors()}
+        senders = self._senders()
+        copies = exported_copies(self.arch)
+        originals: dict[str, Tensor] = {}
+        for param in expand(self.arch):
+            kept = torch.float32 if param.is_buffer else dtype
+            sources = [
+                senders[self._address(param, part)] for part in range(self._shard_size(param))
+            ]
+            shards = self._collect(param, held.get(param.mcore), sources, kept)
+            if self.groups.rank != 0:
+                continue
+            for name, whole in zip(param.hf, from_shards(param, shards), strict=True):
+                if name in copies.values():
+                    originals[name] = whole
+                yield name, whole
+        if self.groups.rank == 0:
+            yield from ((copy, originals[original]) for copy, original in copies.items())
+
+    def local_tensors(self) -> list[tuple[Param, Tensor]]:
+        """Every tensor of the chunks that weights are made of, with its row of the table.
+
+        Raises:
+            ValueError: A parameter without a row, or a row of these stages without its parameter.
+        """
+        table, copies = by_mcore_name(self.arch), mcore_copies(self.arch)
+        found: list[tuple[Param, Tensor]] = []
+        unmapped: list[str] = []
+        for chunk, stage in zip(self.chunks, self._stages, strict=True):
+            for local, tensor in _weights(chunk):
+                name = global_name(
+                    local, layers=stage.layers, expert_offset=self.groups.ep_rank * self._num_local
+                )
+                param = table.get(copies.get(name, name))
+                if param is None:
+                    unmapped.append(name)
+                else:
+                    found.append((param, tensor))
+        here = {param.mcore for param in table.values() if self._is_here(param)}
+        missing = here - {param.mcore for param, _ in found}
+        if unmapped or missing:
+            raise ValueError(
+                f"the model and the mapping table disagree: no row for {sorted(unmapped)}, "
+                f"no parameter for {sorted(missing)}"
+            )
+        return found
+
+    @property
+    def _num_local(self) -> int:
+        return self.arch.num_experts // self.parallel.ep_size
+
+    @cached_property
+    def _all_stages(self) -> list[Stage]:
+        return place(self.arch, self.parallel)
+
+    @cached_property
+    def _stages(self) -> list[Stage]:
+        return [stage for stage in self._all_stages if stage.pp_rank == self.groups.pp_rank]
+
+    def _is_here(self, param: Param) -> bool:
+        """Whether this rank must hold (a part of) the parameter; second copies do not count."""
+        if not any(_on_stage(param, stage) for stage in self._stages):
+            return False
+        return param.expert is None or param.expert // self._num_local == self.groups.ep_rank
+
+    def _shard_size(self, param: Param) -> int:
+        if param.shard is Shard.NONE:
+            return 1
+        return self.parallel.etp_size if param.is_expert else self.parallel.tp_size
+
+    def _shard_rank(self, param: Param) -> int:
+        if param.shard is Shard.NONE:
+            return 0
+        return self.groups.etp_rank if param.is_expert else self.groups.tp_rank
+
+    @torch.no_grad()
+    def _fill(self, param: Param, tensor: Tensor, reader: HFReader) -> None:
+        size = self._shard_size(param)
+        cuts = hf_slices(param, self._shard_rank(param), size)
+        for target, cut in zip(pieces_of(param, tensor, size), cuts, strict=True):
+            target.copy_(reader.read(cut.name, cut.slices))
+
+    def _address(self, param: Param, part: int) -> "_Address":
+        pp_rank = next(s.pp_rank for s in self._all_stages if _on_stage(param, s))
+        ep_rank = 0 if param.expert is None else param.expert // self._num_local
+        return _Address(pp_rank, part, ep_rank, param.is_expert)
+
+    def _senders(self) -> dict["_Address", int]:
+        """The lowest rank that holds each part; the same on every rank."""
+        groups = self.groups
+        mine = (groups.pp_rank, groups.tp_rank, groups.etp_rank, groups.ep_rank)
+        everyone: list[tuple[int, int, int, int]] = [mine] * groups.world_size
+        dist.all_gather_object(everyone, mine)
+        senders: dict[_Address, int] = {}
+        for rank, (pp_rank, tp_rank, etp_rank, ep_rank) in enumerate(everyone):
+            senders.setdefault(_Address(pp_rank, tp_rank, 0, is_expert=False), rank)
+            senders.setdefault(_Address(pp_rank, etp_rank, ep_rank, is_expert=True), rank)
+        return senders
+
+    def _collect(
+        self, param: Param, held: Tensor | None, sources: Sequence[int], dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Brings the parts of one parameter to rank 0, in order; other ranks get nothing."""
+        shards = []
+        for source in sources:
+            if self.groups.rank == source:
+                assert held is not None
+                part = held.detach().to(dtype).contiguous()
+                if source != 0:
+                    dist.send(part, dst=0)
+            elif self.groups.rank == 0:
+                shape = shard_shape(param, len(sources))
+                part = torch.empty(shape, dtype=dtype, device=self.groups.device)
+                dist.recv(part, src=source)
+            if self.groups.rank == 0:
+                shards.append(part.cpu())
+        return shards
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """Which ranks hold a part: any with these coordinates."""
+
+    pp_rank: int
+    part: int
+    """Of a split tensor: tp_rank, or for experts etp_rank."""
+    ep_rank: int
+    is_expert: bool
+
+
+def _on_stage(param: Param, stage: Stage) -> bool:
+    if param.layer is not None:
+        return param.layer in stage.layers
+    if param.mtp_depth is not None:
+        return param.mtp_depth in stage.mtp_layers
+    return stage.has_embedding if param.mcore.startswith("embedding.") else stage.has_loss
+
+
+def _weights(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers (expert_bias); `_extra_state` is neither."""
+    state = chunk.state_dict(keep_vars=True)
+    named = {name for name, _ in chunk.named_parameters()} | {n for n, _ in chunk.named_buffers()}
+    yield from ((name, tensor) for name, tensor in state.items() if name in named)

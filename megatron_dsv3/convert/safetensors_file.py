@@ -1,0 +1,160 @@
+"""One safetensors file: its header, or the whole file written tensor by tensor in any order.
+
+The library's own `save_file` wants all tensors of a file in memory; `SafetensorsWriter` wants one.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_dsv3.convert.mapping import Shape
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""What a DeepSeek checkpoint can hold, as safetensors spells it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor without its numbers."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return self.dtype.itemsize * prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def info_of(tensor: Tensor) -> TensorInfo:
+    """The tensor's type and shape."""
+    return TensorInfo(tensor.dtype, tuple(tensor.shape))
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns an OSError of writing into one that says what could not be written, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(
+            f"{path}: cannot be written ({reason}); free space or choose another place"
+        ) from error
+
+
+def open_safetensors(path: Path) -> Any:
+    """Maps a file; the result's `get_tensor` and `get_slice` give views of the mapping."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or damaged ({error}); fetch it again") from None
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """All tensors of a file, in the order of their bytes.
+
+    Raises:
+        ValueError: The file's size is not what its header says, or a tensor has a type that no
+            DeepSeek checkpoint has.
+    """
+    with open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        kinds = {name: part.get_dtype() for name, part in slices.items()}
+        if unknown := [f"{name} {kind}" for name, kind in kinds.items() if kind not in DTYPES]:
+            known, found = ", ".join(DTYPES), ", ".join(unknown[:20])
+            raise ValueError(f"{path}: expected tensors of {known}, got {found}")
+        return {
+            name: TensorInfo(DTYPES[kinds[name]], tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
+
+
+class SafetensorsWriter:
+    """Writes a file of known layout; the end of its `with` block syncs it and misses no tensor."""
+
+    def __init__(self, path: Path, layout: Mapping[str, TensorInfo]) -> None:
+        """Creates the file in its final size and writes the header.
+
+        Args:
+            path: The file; one that exists is overwritten.
+            layout: Every tensor that will be written.
+        """
+        self.path = path
+        self._layout = dict(layout)
+        self._missing = set(layout)
+        header, self._starts = _header(layout)
+        with explained(self.path):
+            self._file = path.open("wb")
+            self._file.write(header)
+            self._file.truncate(len(header) + sum(info.nbytes for info in layout.values()))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor, from any device."""
+        if name not in self._missing:
+            known = "written before" if name in self._layout else "not in the layout"
+            raise ValueError(f"{self.path}: {name}: {known}")
+        if (got := info_of(tensor)) != self._layout[name]:
+            raise ValueError(f"{self.path}: {name}: expected {self._layout[name]}, got {got}")
+        octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        with explained(self.path):
+            self._file.seek(self._starts[name])
+            self._file.write(octets.numpy().data)
+        self._missing.remove(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with explained(self.path), self._file:
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        if error is None and self._missing:
+            raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing))}")
+
+
+def _header(layout: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """The file's first bytes, and where each tensor starts in it.
+
+    The widest types come first and the header's size is a multiple of 8, so that every tensor is
+    aligned to its type, as viewing a mapped file demands.
+    """
+    spelling = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, info in sorted(layout.items(), key=lambda item: -item[1].dtype.itemsize):
+        offsets[name], end = end, end + info.nbytes
+        entries[name] = {
+            "dtype": spelling[info.dtype],
+            "shape": info.shape,
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + offset for name, offset in offsets.items()}

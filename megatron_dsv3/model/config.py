@@ -1,0 +1,164 @@
+"""Architecture + layout -> Megatron-Core's transformer configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_dsv3.config.architecture import Architecture, Yarn
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.placement import mcore_layout, place
+
+
+@dataclass
+class DeepseekV3Config(MLATransformerConfig):
+    """MLATransformerConfig and what it has no words for."""
+
+    moe_router_normalize_topk: bool = True
+    """Divide the chosen experts' scores by their sum."""
+    sequence_balance_coefficient: float = 0.0
+    """Weight of the sequence-wise balance loss (paper eq. 17)."""
+    latent_norm_epsilon: float = 1e-6
+    """Of the two latent norms: transformers' modules do not follow rms_norm_eps there."""
+    yarn_truncate: bool = True
+    """Round YaRN's bounds to whole dimensions."""
+
+
+def mcore_config(
+    arch: Architecture,
+    parallel: Parallel,
+    *,
+    dtype: torch.dtype,
+    sequence_balance_coefficient: float = 0.0,
+    bias_update_rate: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> DeepseekV3Config:
+    """The configuration of every rank of this layout.
+
+    Args:
+        arch: The model.
+        parallel: The layout.
+        dtype: Of parameters and activations: float32 or bfloat16.
+        sequence_balance_coefficient: See `DeepseekV3Config`.
+        bias_update_rate: Change of an expert's bias per step (paper section 2.1.2); 0 freezes it.
+        options: Fields of Megatron-Core's configuration that change no numbers (recompute).
+    """
+    values = {
+        **_sizes(arch),
+        **_attention(arch),
+        **_experts(arch),
+        **_layout(arch, parallel),
+        **_numerics(dtype),
+        "sequence_balance_coefficient": sequence_balance_coefficient,
+        "moe_router_bias_update_rate": bias_update_rate,
+        **(options or {}),
+    }
+    return DeepseekV3Config(**values)
+
+
+def _sizes(arch: Architecture) -> dict[str, Any]:
+    return {
+        "num_layers": arch.num_layers,
+        "mtp_num_layers": arch.num_mtp_layers or None,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_heads,
+        "kv_channels": arch.v_head_dim,
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "init_method_std": arch.initializer_range,
+    }
+
+
+def _attention(arch: Architecture) -> dict[str, Any]:
+    plain = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0}
+    return {
+        "q_lora_rank": arch.q_lora_rank,
+        "kv_lora_rank": arch.kv_lora_rank,
+        "qk_head_dim": arch.qk_head_dim,
+        "qk_pos_emb_head_dim": arch.qk_rope_head_dim,
+        "v_head_dim": arch.v_head_dim,
+        "qk_layernorm": True,
+        "rotary_base": arch.rope_theta,
+        **(plain if arch.yarn is None else _yarn(arch.yarn)),
+    }
+
+
+def _yarn(yarn: Yarn) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mcore_mscale,
+        "mscale_all_dim": yarn.mscale_all_dim or 0.0,
+        "yarn_truncate": yarn.truncate,
+    }
+
+
+def _experts(arch: Architecture) -> dict[str, Any]:
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_layer_freq": [int(arch.is_moe_layer(layer)) for layer in range(arch.num_layers)],
+        "moe_ffn_hidden_size": arch.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": arch.num_shared_experts * arch.moe_ffn_hidden_size,
+        "moe_router_topk": arch.num_experts_per_token,
+        "moe_router_num_groups": arch.num_groups,
+        "moe_router_group_topk": arch.num_groups_per_token,
+        "moe_router_topk_scaling_factor": arch.routed_scaling_factor,
+        "moe_router_normalize_topk": arch.normalize_topk,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_dtype": "fp32",
+        # The router brings its own balance loss, which knows documents and padding.
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+    }
+
+
+def _layout(arch: Architecture, parallel: Parallel) -> dict[str, Any]:
+    stages = place(arch, parallel)
+    pipelined = len(stages) > 1
+    return {
+        "tensor_model_parallel_size": parallel.tp_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pp_size,
+        "virtual_pipeline_model_parallel_size": parallel.vpp_size
+        if parallel.vpp_size > 1
+        else None,
+        "pipeline_model_parallel_layout": mcore_layout(stages) if pipelined else None,
+        # With two neighbours on one peer, batched exchange pairs up the wrong messages in silence.
+        "overlap_p2p_comm": parallel.vpp_size > 1,
+        "batch_p2p_comm": parallel.vpp_size == 1,
+        "expert_model_parallel_size": parallel.ep_size,
+        "expert_tensor_parallel_size": parallel.etp_size,
+        "context_parallel_size": parallel.cp_size,
+    }
+
+
+def _numerics(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "bias_activation_fusion": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "use_cpu_initialization": True,
+        # One division by the global number of counted tokens, so that no layout changes the loss.
+        "calculate_per_token_loss": True,
+        "deallocate_pipeline_outputs": True,
+        "cuda_graph_modules": [],
+    }

@@ -1,0 +1,149 @@
+"""Routing of DeepSeek-V3 (paper section 2.1.2), as transformers computes it, per document.
+
+Differs from Megatron-Core's router: a group is scored by its best two experts whatever the top-k;
+padding is left out of every statistic; the sequence-wise balance loss takes each packed document as
+a sequence. Its value does not depend on the layout.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """The packed documents of one row.
+
+    It travels through the layers as `packed_seq_params`, so recomputation sees the right one.
+    """
+
+    documents: Tensor | None = None
+    """[this context-parallel rank's tokens], int64: the token's document; -1 on padding."""
+    num_documents: int = 1
+    """Documents in this row."""
+
+
+class DeepseekV3Layer(TransformerLayer):
+    """TransformerLayer that tells the router which document each token belongs to."""
+
+    def forward(
+        self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
+    ) -> Any:
+        """As TransformerLayer; a `PackedRow`'s membership takes the place of `padding_mask`.
+
+        Megatron's own `padding_mask` is one bool a token, is cut for sequence parallelism on the
+        first stage only, and fails beside the expert bias.
+        """
+        if isinstance(packed_seq_params, PackedRow) and packed_seq_params.documents is not None:
+            kwargs["padding_mask"] = self._membership(packed_seq_params)
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+    def _membership(self, row: PackedRow) -> Tensor:
+        """[1, local tokens, documents], bool; a padding token belongs to none."""
+        assert row.documents is not None
+        documents = row.documents
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            documents = documents.chunk(group.size())[group.rank()]
+        indices = torch.arange(row.num_documents, device=documents.device)
+        return (documents[:, None] == indices)[None]
+
+
+class DeepseekV3Router(TopKRouter):
+    """TopKRouter with DeepSeek-V3's choice of experts, statistics per document, and fp32 state.
+
+    `balance_weight` is the same for the whole step: counted tokens over documents of the global
+    batch. All gradients are divided by the former at the end, so the balance loss becomes its mean
+    over documents.
+    """
+
+    balance_weight: Tensor | float = 1.0
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Chooses experts.
+
+        Args:
+            logits: [seq, batch, experts], fp32.
+            padding_mask: [seq, batch, documents], bool, the membership of `DeepseekV3Layer`; None:
+                every row of the batch is one document without padding.
+
+        Returns:
+            Weights and choice, both [seq * batch, experts]; weights are zero where not chosen.
+        """
+        members = _members(logits, padding_mask)
+        scores = logits.flatten(0, 1).float().sigmoid()
+        chosen = self._choose(scores.detach())
+        weights = scores.gather(1, chosen)
+        if self.config.moe_router_normalize_topk:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.config.moe_router_topk_scaling_factor
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+        probs = torch.zeros_like(scores).scatter(1, chosen, weights)
+        if torch.is_grad_enabled():
+            self._count(routing_map, members)
+            if self.training and self.config.sequence_balance_coefficient:
+                probs = self._with_balance_loss(probs, scores, members)
+        return probs, routing_map
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """Top-k experts [tokens, topk] within the best groups, by score plus bias."""
+        biased = scores + self.expert_bias
+        grouped = biased.unflatten(1, (self.config.moe_router_num_groups, -1))
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+        best = group_scores.topk(self.config.moe_router_group_topk, dim=-1, sorted=False).indices
+        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best, False)
+        open_scores = grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)
+        return open_scores.topk(self.topk, dim=-1, sorted=False).indices
+
+    @torch.no_grad()
+    def _count(self, routing_map: Tensor, members: Tensor) -> None:
+        real = members.any(-1, keepdim=True)
+        self.local_tokens_per_expert += (routing_map & real).sum(0)
+
+    def _with_balance_loss(self, probs: Tensor, scores: Tensor, members: Tensor) -> Tensor:
+        """Attaches coefficient * mean over documents of sum_i f_i * P_i (paper eq. 17-20).
+
+        f counts the unbiased top-k of the document's real tokens, P averages their normalised
+        scores; both over the whole document, which tensor and context parallelism spread over
+        ranks.
+        """
+        membership = members.to(scores.dtype)
+        top = scores.detach().topk(self.topk, dim=-1).indices
+        hits = torch.zeros_like(scores).scatter(1, top, 1.0)
+        score_sums = membership.T @ (scores / (scores.sum(-1, keepdim=True) + 1e-20))
+        counts = torch.cat([membership.T @ hits, membership.sum(0)[:, None]], 1)
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(counts, group=self.tp_cp_group)
+        hits_per_document, lengths = counts[:, :-1], counts[:, -1].clamp(min=1)
+        per_document = (score_sums * hits_per_document).sum(1) / lengths.square()
+        scale = self.config.sequence_balance_coefficient * self.num_experts / self.topk
+        return MoEAuxLossAutoScaler.apply(probs, scale * per_document.sum() * self.balance_weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DeepseekV3Router":
+        """Keeps bias and counters in fp32 through `.bfloat16()` and every other cast.
+
+        256 biases around 5 keep 10 distinct values in bf16, and a bf16 counter stalls at 256.
+        """
+        before = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
+
+def _members(logits: Tensor, membership: Tensor | None) -> Tensor:
+    """[seq * batch, documents], bool."""
+    if membership is not None:
+        return membership.flatten(0, 1)
+    seq, batch = logits.shape[:2]
+    return torch.eye(batch, dtype=torch.bool, device=logits.device).repeat(seq, 1)

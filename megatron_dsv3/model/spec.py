@@ -1,0 +1,185 @@
+"""Layer specs of DeepSeek-V3 for either backend: Transformer Engine's modules, or plain torch."""
+
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer import multi_latent_attention as mla
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_dsv3.config.placement import Stage
+from megatron_dsv3.model import torch_modules as torch_mods
+from megatron_dsv3.model.attention import CoreAttention
+from megatron_dsv3.model.config import DeepseekV3Config
+from megatron_dsv3.model.router import DeepseekV3Layer, DeepseekV3Router
+
+
+class TorchProvider(BackendSpecProvider):
+    """The plain-torch counterpart of Megatron-Core's `TESpecProvider`."""
+
+    def linear(self) -> type:
+        """`TELinear`; MLA's down projections are its only users."""
+        return torch_mods.DuplicatedLinear
+
+    def column_parallel_linear(self) -> type:
+        """`TEColumnParallelLinear`."""
+        return torch_mods.ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        """`TERowParallelLinear`."""
+        return torch_mods.RowLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Norms sit inside the linears that follow them."""
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        """`TELayerNormColumnParallelLinear`."""
+        return torch_mods.NormColumnLinear
+
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> type:
+        """`TENorm`."""
+        return torch_mods.RMSNorm
+
+    def core_attention(self) -> type:
+        """`TEDotProductAttention`."""
+        return CoreAttention
+
+    def activation_func(self) -> None:
+        """Megatron-Core's own SwiGLU."""
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        """`TEGroupedMLP`, which needs nothing of Transformer Engine but its two linears."""
+        return partial(
+            TEGroupedMLP,
+            submodules=GroupedMLPSubmodules(
+                linear_fc1=torch_mods.GroupedColumnLinear, linear_fc2=torch_mods.GroupedRowLinear
+            ),
+        )
+
+
+class LatentAttention(mla.MLASelfAttention):
+    """MLASelfAttention that follows transformers where Megatron-Core's configuration cannot."""
+
+    def __init__(self, config: DeepseekV3Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        for name in ("linear_q_up_proj", "linear_kv_up_proj"):
+            if hasattr(self, name):
+                getattr(self, name).eps = config.latent_norm_epsilon
+        if config.rope_type == "yarn" and not config.yarn_truncate:
+            self.rotary_pos_emb.correction_range_round_to_int = False
+            self.rotary_pos_emb.forward.cache_clear()
+
+    def _resolve_qk_norm_config(self, submodules: mla.MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """The spec's own classes.
+
+        Megatron-Core would replace fused ones that it does not know by Transformer Engine's, and
+        put a norm before a full-rank query projection, where DeepSeek has none.
+        """
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        norms = ("q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in (*names, *norms)}
+
+
+class TorchLatentAttention(LatentAttention):
+    """LatentAttention that takes the plain-torch classes of its spec as they are."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The constructor asks for parallel_mode="duplicated" only of classes equal to TELinear.
+        original, mla.TELinear = mla.TELinear, torch_mods.DuplicatedLinear
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            mla.TELinear = original
+
+
+def block_specs(
+    config: DeepseekV3Config, stage: Stage, *, transformer_engine: bool
+) -> tuple[TransformerBlockSubmodules, MultiTokenPredictionBlockSubmodules | None]:
+    """Specs of one chunk's decoder layers and, where it has any, its MTP layers."""
+    backend = _transformer_engine_provider() if transformer_engine else TorchProvider()
+    attention = LatentAttention if transformer_engine else TorchLatentAttention
+    dense = _layer_spec(backend, attention, _dense_mlp(backend))
+    sparse = _layer_spec(backend, attention, _sparse_mlp(backend), pre_mlp_norm=True)
+    layers = [sparse if config.moe_layer_freq[layer] else dense for layer in stage.layers]
+    decoder = TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm())
+    if not stage.mtp_layers:
+        return decoder, None
+    mtp_layer = get_mtp_layer_spec_for_backend(mtp_model_layer_spec=sparse, backend=backend)
+    mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[mtp_layer] * len(stage.mtp_layers))
+    return decoder, mtp
+
+
+def _transformer_engine_provider() -> BackendSpecProvider:
+    # Imported here: the module needs Transformer Engine only when one of its classes is taken.
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def _layer_spec(
+    backend: Any, attention: type, mlp: Any, *, pre_mlp_norm: bool = False
+) -> ModuleSpec:
+    """What get_gpt_layer_with_transformer_engine_spec gives for MLA, for any backend."""
+    fused = backend.column_parallel_layer_norm_linear()
+    attention_modules = mla.MLASelfAttentionSubmodules(
+        linear_q_proj=backend.column_parallel_linear(),
+        linear_q_down_proj=backend.linear(),
+        linear_q_up_proj=fused,
+        linear_kv_down_proj=backend.linear(),
+        linear_kv_up_proj=fused,
+        core_attention=backend.core_attention(),
+        linear_proj=backend.row_parallel_linear(),
+        q_layernorm=IdentityOp,  # fused into the up projections
+        kv_layernorm=IdentityOp,
+    )
+    return ModuleSpec(
+        module=DeepseekV3Layer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.layer_norm(),
+            self_attention=ModuleSpec(
+                module=attention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention_modules,
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.layer_norm() if pre_mlp_norm else IdentityOp,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _dense_mlp(backend: Any) -> Any:
+    submodules = MLPSubmodules(
+        linear_fc1=backend.column_parallel_layer_norm_linear(),
+        linear_fc2=backend.row_parallel_linear(),
+    )
+    return partial(MLP.as_mlp_submodule, submodules=submodules)
+
+
+def _sparse_mlp(backend: Any) -> Any:
+    shared = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
+    submodules = MoESubmodules(
+        experts=backend.grouped_mlp_modules(True),
+        shared_experts=partial(SharedExpertMLP, submodules=shared),
+        router=DeepseekV3Router,
+    )
+    return partial(MoELayer, submodules=submodules)
