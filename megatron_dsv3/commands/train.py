@@ -1,0 +1,243 @@
+"""`megatron-dsv3 train`: from a job to a fine-tuned Hugging Face directory."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.counts import flops_per_token
+from megatron_dsv3.config.job import Job, to_yaml
+from megatron_dsv3.convert.bridge import Bridge
+from megatron_dsv3.convert.hf_io import HFReader, write_hf
+from megatron_dsv3.data.batch import Batch, make_batch
+from megatron_dsv3.data.chat import load_tokenizer
+from megatron_dsv3.data.dataset import (
+    Sample,
+    Samples,
+    global_batches,
+    load_samples,
+    rank_micro_batches,
+)
+from megatron_dsv3.data.templates import TEMPLATES
+from megatron_dsv3.model import cpu
+from megatron_dsv3.model.build import build_chunks, wrap
+from megatron_dsv3.model.config import mcore_config
+from megatron_dsv3.model.groups import Groups, RankError, SharedError, device_of, start, stop
+from megatron_dsv3.train.loop import Run, StepBatch, train
+from megatron_dsv3.train.metrics import FileSink, LineSink, Sink, StepRecord
+from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
+from megatron_dsv3.train.progress import ProgressSink
+from megatron_dsv3.train.step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a job names, read and found fit; nothing has been started or written."""
+
+    job: Job
+    arch: Architecture
+    reader: HFReader
+    samples: Samples
+    pad_id: int
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps: all epochs, or as many as the job allows."""
+        job = self.job.train
+        all_epochs = len(self.samples.samples) * job.num_epochs
+        steps = math.ceil(all_epochs / job.global_batch_size)
+        return min(steps, job.num_steps or steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The model at the end, still in its processes."""
+
+    chunks: Sequence[nn.Module]
+    """Unwrapped."""
+    groups: Groups
+    records: Sequence[StepRecord]
+
+
+def run(job: Job, console: Console, *, on_end: Sequence[Callable[[Trained], None]] = ()) -> None:
+    """Trains and writes the Hugging Face directory.
+
+    Args:
+        job: What to do.
+        console: Of rank 0; the other ranks say nothing.
+        on_end: Called on every rank with the trained model, before it is written.
+
+    Raises:
+        ValueError: Before anything is started or written, where the job cannot work.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    inputs = read_inputs(job, world_size)
+    device = device_of(job.train.device)
+    if device.type == "cpu":
+        cpu.enable()
+    groups = start(job.parallel, device, seed=job.train.seed)
+    try:
+        _train_and_write(inputs, groups, console, on_end)
+    except SharedError:
+        raise
+    except ValueError as error:
+        raise RankError(f"rank {groups.rank}: {error}") from error
+    finally:
+        stop()
+
+
+def read_inputs(job: Job, world_size: int) -> Inputs:
+    """Reads and checks everything that a job names.
+
+    Raises:
+        ValueError: With every problem that can be found without starting.
+    """
+    arch = Architecture.from_hf(job.model.hf_dir)
+    if problems := job.problems(arch, world_size):
+        raise ValueError("\n".join(problems))
+    if job.output.dir.exists() and any(job.output.dir.iterdir()):
+        raise ValueError(f"output.dir {job.output.dir}: is not empty; choose another directory")
+    reader = HFReader(job.model.hf_dir)
+    reader.check_against(arch)
+    tokenizer = load_tokenizer(job.model.hf_dir)
+    samples = load_samples(
+        job.data.paths,
+        tokenizer,
+        TEMPLATES[job.data.template],
+        seq_length=job.data.seq_length,
+        too_long=job.data.too_long,
+        history_reasoning=job.data.history_reasoning,
+    )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Inputs(job, arch, reader, samples, pad_id)
+
+
+def _train_and_write(
+    inputs: Inputs,
+    groups: Groups,
+    console: Console,
+    on_end: Sequence[Callable[[Trained], None]],
+) -> None:
+    job = inputs.job
+    config = mcore_config(
+        inputs.arch,
+        job.parallel,
+        dtype=DTYPES[job.precision.compute],
+        sequence_balance_coefficient=job.experts.aux_loss_coefficient,
+        bias_update_rate=job.experts.bias_update_rate,
+    )
+    chunks = build_chunks(
+        inputs.arch,
+        job.parallel,
+        groups,
+        config,
+        max_seq_length=job.data.seq_length,
+        transformer_engine=groups.device.type == "cuda",
+    )
+    bridge = Bridge(chunks, inputs.arch, job.parallel, groups)
+    bridge.load(inputs.reader)
+    wrapped = wrap(
+        chunks,
+        config,
+        overlap_grad_reduce=job.optimizer.overlap_grad_reduce,
+        overlap_param_gather=job.optimizer.overlap_param_gather,
+    )
+    optimizer = build_optimizer(job.optimizer, wrapped, dtype=config.params_dtype)
+    loop = Run(
+        step=TrainStep(wrapped, optimizer, groups, mtp_loss_weight=job.mtp.loss_weight),
+        schedule=build_schedule(
+            job.schedule,
+            optimizer,
+            max_lr=job.optimizer.lr,
+            weight_decay=job.optimizer.weight_decay,
+            num_steps=inputs.num_steps,
+        ),
+        optimizer=optimizer,
+        groups=groups,
+        num_steps=inputs.num_steps,
+        flops_per_token=flops_per_token(inputs.arch, job.data.seq_length),
+        sinks=_sinks(inputs, groups, console),
+    )
+    records = train(loop, _batches(inputs, groups))
+    for callback in on_end:
+        callback(Trained(chunks, groups, records))
+    _write(bridge, inputs, groups, console)
+
+
+def _batches(inputs: Inputs, groups: Groups) -> Iterator[StepBatch]:
+    """This data-parallel rank's part of every global batch."""
+    job, samples = inputs.job, inputs.samples.samples
+    steps = global_batches(
+        samples,
+        global_batch_size=job.train.global_batch_size,
+        seed=job.train.seed,
+        num_epochs=job.train.num_epochs,
+    )
+    for _, batch in zip(range(inputs.num_steps), steps, strict=False):
+        mine = rank_micro_batches(
+            batch.samples,
+            micro_batch_size=job.train.micro_batch_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+        )
+        yield StepBatch(
+            micro_batches=[_to_batch(micro, inputs) for micro in mine],
+            epoch=batch.after.epoch + batch.after.sample / len(samples),
+        )
+
+
+def _to_batch(samples: Sequence[Sample], inputs: Inputs) -> Batch:
+    return make_batch(
+        samples,
+        seq_length=inputs.job.data.seq_length,
+        num_mtp=inputs.arch.num_mtp_layers,
+        pad_id=inputs.pad_id,
+    )
+
+
+def _sinks(inputs: Inputs, groups: Groups, console: Console) -> list[Sink]:
+    if groups.rank != 0:
+        return []
+    job, report = inputs.job, inputs.samples.report
+    console.print(to_yaml(job), markup=False, highlight=False)
+    console.print(
+        f"{report.samples} samples of {report.rows} rows, {report.tokens:,} tokens, "
+        f"{report.counted_tokens:,} with loss; {report.too_long} too long and dropped, "
+        f"{report.truncated} truncated; {inputs.num_steps} steps on {groups.world_size} processes",
+        highlight=False,
+    )
+    bar = ProgressSink(console, inputs.num_steps)
+
+    def write(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    lines = LineSink(write, every_steps=job.log.every_steps)
+    return [FileSink(job.log_dir), lines, bar]
+
+
+def _write(bridge: Bridge, inputs: Inputs, groups: Groups, console: Console) -> None:
+    """Every rank takes part in the export; rank 0 writes."""
+    output, source = inputs.job.output, inputs.job.model.hf_dir
+    stream = bridge.export(dtype=DTYPES[output.dtype])
+    if groups.rank != 0:
+        for _ in stream:
+            pass
+        return
+    write_hf(
+        stream,
+        output.dir,
+        shard_bytes=int(output.shard_size_gb * 1e9),
+        config=inputs.arch.to_hf(dtype={"bf16": "bfloat16", "fp32": "float32"}[output.dtype]),
+        template=source,
+    )
+    console.print(f"wrote {output.dir}", highlight=False)

@@ -1,0 +1,100 @@
+"""The training loop."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer_param_scheduler import (
+    OptimizerParamScheduler,
+    get_canonical_lr_for_logging,
+)
+
+from megatron_dsv3.data.batch import Batch
+from megatron_dsv3.model.groups import Groups
+from megatron_dsv3.train.metrics import Sink, StepRecord
+from megatron_dsv3.train.step import StepResult, TrainStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """This data-parallel rank's micro-batches of one optimizer step."""
+
+    micro_batches: Sequence[Batch]
+    epoch: float
+    """Epochs done once this batch is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """All that the loop needs."""
+
+    step: TrainStep
+    schedule: OptimizerParamScheduler
+    optimizer: Any
+    groups: Groups
+    num_steps: int
+    flops_per_token: float
+    """Model FLOPs of one real token, forward and backward."""
+    sinks: Sequence[Sink] = ()
+    """On rank 0."""
+    on_step: Sequence[Callable[[StepRecord], None]] = ()
+    """Called on every rank after each step: saving, validation."""
+
+
+def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
+    """Trains to the end of `batches` and returns every step's record.
+
+    Raises:
+        NonFiniteError: From the step, which was not applied.
+    """
+    records = []
+    try:
+        for number, batch in enumerate(batches, start=1):
+            began = time.perf_counter()
+            lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
+            try:
+                result = run.step(batch.micro_batches)
+            except ValueError as error:
+                raise type(error)(f"step {number}: {error}") from None
+            run.schedule.step(1)
+            # The step ended with a read of the loss on the host, so this measures finished work.
+            seconds = time.perf_counter() - began
+            record = _record(run, number, batch, result, lr or 0.0, seconds)
+            records.append(record)
+            for sink in run.sinks:
+                sink.log(record)
+            for callback in run.on_step:
+                callback(record)
+    finally:
+        for sink in run.sinks:
+            sink.close()
+    return records
+
+
+def _record(
+    run: Run, number: int, batch: StepBatch, result: StepResult, lr: float, seconds: float
+) -> StepRecord:
+    flops = run.flops_per_token * result.counts.tokens
+    return StepRecord(
+        step=number,
+        num_steps=run.num_steps,
+        epoch=batch.epoch,
+        loss=result.loss,
+        mtp_loss=result.mtp_loss,
+        lr=lr,
+        grad_norm=result.grad_norm,
+        seconds=seconds,
+        tokens=result.counts.tokens,
+        counted_tokens=int(result.counts.counted[0]),
+        tflops_per_device=flops / seconds / run.groups.world_size / 1e12,
+        peak_memory_gib=_peak_memory_gib(run.groups.device),
+        expert_balance=result.expert_balance,
+    )
+
+
+def _peak_memory_gib(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30

@@ -1,0 +1,87 @@
+"""AdamW through Megatron-Core's distributed optimizer, its schedule, and one checked update."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_dsv3.config.job import OptimizerSection, ScheduleSection
+from megatron_dsv3.model.groups import SharedError
+
+
+class NonFiniteError(SharedError):
+    """Loss or gradient is NaN or infinite; nothing was updated."""
+
+
+def build_optimizer(
+    section: OptimizerSection, chunks: Sequence[DistributedDataParallel], *, dtype: torch.dtype
+) -> Any:
+    """The distributed optimizer: fp32 masters and moments, each held by one data-parallel rank."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=0.0,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=True,
+        overlap_param_gather=section.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, list(chunks))
+
+
+def build_schedule(
+    section: ScheduleSection, optimizer: Any, *, max_lr: float, weight_decay: float, num_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up to `max_lr`, then decay to `min_lr` at `num_steps`."""
+    warmup = section.warmup_steps
+    if warmup is None:
+        warmup = math.ceil((section.warmup_fraction or 0.0) * num_steps)
+    # Megatron-Core asks for at least one step of decay after the warm-up.
+    warmup = min(warmup, num_steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        # The first step counts too: Megatron-Core would give it a rate of init_lr.
+        init_lr=max_lr / (warmup + 1),
+        max_lr=max_lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=num_steps,
+        lr_decay_style=section.decay,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )
+
+
+def update(optimizer: Any) -> float:
+    """Clips, updates the parameters and returns the gradient norm before clipping.
+
+    What `ChainedOptimizer.step` does, with a look at the norm before anything changes. The norm is
+    read on the host: one sync a step.
+
+    Raises:
+        NonFiniteError: The norm is not finite; parameters and moments are as they were.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"gradient norm is {norm}")
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
+    return norm

@@ -1,0 +1,244 @@
+"""One optimizer step: micro-batches -> losses, gradients, update.
+
+The loss is a sum over counted tokens, divided once by their global number, so neither the number of
+micro-batches nor the layout changes it. Per-token losses of every depth come from the model; labels
+and masks come from the data, made before any slicing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_dsv3.data.batch import Batch
+from megatron_dsv3.model.attention import zigzag
+from megatron_dsv3.model.build import routers
+from megatron_dsv3.model.groups import Groups
+from megatron_dsv3.model.router import PackedRow
+from megatron_dsv3.train.optimizer import NonFiniteError, update
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A micro-batch as this rank's packed row; every sample is one document."""
+
+    tokens: Tensor
+    """[1, tokens]"""
+    position_ids: Tensor
+    labels: Tensor
+    """[1 + num_mtp, 1, tokens]"""
+    loss_mask: Tensor
+    packed: PackedRow
+    sample_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of the global batch, the same on every rank."""
+
+    counted: Tensor
+    """[1 + num_mtp], float64: targets that count, by depth."""
+    documents: int
+    tokens: int
+    """Real tokens, padding not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step was; equal on every rank."""
+
+    loss: float
+    """Mean over counted tokens of the main prediction."""
+    mtp_loss: float | None
+    """Mean over depths of the mean over their counted tokens."""
+    grad_norm: float
+    counts: Counts
+    expert_balance: float
+    """Largest expert load over the mean, averaged over layers; 1 is perfect balance."""
+
+
+def to_row(batch: Batch, groups: Groups) -> Row:
+    """Lays the samples of a batch end to end, and takes this rank's part under context parallelism.
+
+    Padding stays at the tail of its document: it is seen by no real token, and no loss counts it.
+    """
+    size, length = batch.tokens.shape
+    documents = torch.arange(size)[:, None].expand(size, length)
+    documents = torch.where(batch.padding, -1, documents).reshape(-1)
+    flat = [batch.tokens, batch.position_ids, batch.labels, batch.loss_mask]
+    tensors = [tensor.flatten(-2) for tensor in flat] + [documents]
+    cp_size = groups.collection.cp.size()
+    if cp_size > 1:
+        within = zigzag(length, cp_rank=groups.cp_rank, cp_size=cp_size)
+        chosen = torch.cat([within + start for start in range(0, size * length, length)])
+        tensors = [tensor[..., chosen] for tensor in tensors]
+    tokens, positions, labels, mask, documents = (t.to(groups.device) for t in tensors)
+    bounds = torch.arange(0, size * length + 1, length, dtype=torch.int32, device=groups.device)
+    packed = PackedRow(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+        documents=documents,
+        num_documents=size,
+    )
+    return Row(
+        tokens[None], positions[None], labels[:, None], mask[:, None], packed, batch.sample_ids
+    )
+
+
+def global_counts(batches: Sequence[Batch], groups: Groups) -> Counts:
+    """Sums over all data-parallel ranks, before the first forward: losses are divided by them."""
+    counted = torch.stack([batch.loss_mask.sum((1, 2), dtype=torch.float64) for batch in batches])
+    tokens = sum(int((~batch.padding).sum()) for batch in batches)
+    documents = sum(int((~batch.padding).any(1).sum()) for batch in batches)
+    sums = torch.tensor([documents, tokens], dtype=torch.float64)
+    vector = torch.cat([counted.sum(0), sums]).to(groups.device)
+    dist.all_reduce(vector, group=groups.collection.dp)
+    vector = vector.cpu()
+    return Counts(vector[:-2], documents=int(vector[-2]), tokens=int(vector[-1]))
+
+
+class TrainStep:
+    """Forward, backward and update over the micro-batches of one global batch."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: Any,
+        groups: Groups,
+        *,
+        mtp_loss_weight: float,
+    ) -> None:
+        self.chunks, self.optimizer, self.groups = list(chunks), optimizer, groups
+        self.mtp_loss_weight = mtp_loss_weight
+        self.config = self.chunks[0].config
+        self.routers = routers(self.chunks)
+        self._load: Tensor | None = None
+        self._finalize = self.config.finalize_model_grads_func
+        self.config.finalize_model_grads_func = self._count_then_finalize
+
+    def __call__(self, batches: Sequence[Batch]) -> StepResult:
+        """Trains on this data-parallel rank's micro-batches.
+
+        Raises:
+            NonFiniteError: A loss or the gradient norm is not finite; nothing was updated. Names
+                the rank and the samples.
+        """
+        counts = global_counts(batches, self.groups)
+        if counts.counted[0] == 0:
+            raise ValueError("the global batch holds no counted token; check the data's loss flags")
+        for router in self.routers:
+            router.balance_weight = float(counts.counted[0]) / counts.documents
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rows = [to_row(batch, self.groups) for batch in batches]
+        means = self._means(self._forward_backward(rows, counts), rows, counts)
+        try:
+            grad_norm = update(self.optimizer)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; losses were finite; {_blame(rows)}") from None
+        mtp = means[1:].mean().item() if len(means) > 1 else None
+        return StepResult(means[0].item(), mtp, grad_norm, counts, self._balance())
+
+    def _forward_backward(self, rows: Sequence[Row], counts: Counts) -> list[dict[str, Tensor]]:
+        weights = loss_weights(counts.counted, self.mtp_loss_weight).to(self.groups.device)
+        iterators = [iter(rows) for _ in self.chunks]
+        length = rows[0].tokens.size(1)
+        outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=partial(_forward, weights=weights),
+            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(rows),
+            seq_length=length * self.groups.collection.cp.size(),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return outputs
+
+    def _means(
+        self, outputs: list[dict[str, Tensor]], rows: Sequence[Row], counts: Counts
+    ) -> Tensor:
+        """Mean loss by depth [1 + num_mtp], equal on every rank; stops where one is not finite."""
+        sums = torch.zeros(len(rows), len(counts.counted), dtype=torch.float64)
+        if outputs and self.groups.tp_rank == 0:  # TP ranks hold the same losses
+            sums = torch.stack([output["sums"] for output in outputs]).double().cpu()
+        finite = sums.isfinite().all(1)
+        blame = "" if bool(finite.all()) else _blame([rows[i] for i in (~finite).nonzero()[:, 0]])
+        total = torch.cat([sums.sum(0), torch.tensor([float(bool(blame))])]).to(self.groups.device)
+        dist.all_reduce(total)
+        total = total.cpu()
+        if total[-1]:
+            everyone: list[str] = [""] * self.groups.world_size
+            dist.all_gather_object(everyone, blame and f"rank {self.groups.rank}: {blame}")
+            raise NonFiniteError("loss is not finite; " + "; ".join(filter(None, everyone)))
+        return total[:-1] / counts.counted.clamp(min=1)
+
+    def _count_then_finalize(self, *args: Any, **kwargs: Any) -> None:
+        """Megatron-Core's reduction of gradients also resets the load counters: read them first."""
+        loads = [router.local_tokens_per_expert for router in self.routers]
+        self._load = torch.stack(loads) if loads else None
+        self._finalize(*args, **kwargs)
+
+    def _balance(self) -> float:
+        """Mean over all layers of max / mean expert load; a pipeline stage knows its own layers."""
+        ratios = torch.zeros(2, device=self.groups.device)
+        if self._load is not None:
+            load = self._load.clone()
+            dist.all_reduce(load, group=self.groups.collection.tp_dp_cp)
+            per_layer = load.amax(1) / load.mean(1).clamp(min=1e-9)
+            ratios = torch.stack([per_layer.sum(), torch.tensor(len(load), device=load.device)])
+        dist.all_reduce(ratios, group=self.groups.collection.pp)
+        return (ratios[0] / ratios[1].clamp(min=1)).item()
+
+
+def loss_weights(counted: Tensor, mtp_loss_weight: float) -> Tensor:
+    """What multiplies the loss sum of each depth, [1 + num_mtp], float32.
+
+    All gradients are divided by the main count at the end; so an MTP depth gets the ratio of the
+    counts, and the depths share `mtp_loss_weight` (paper eq. 25).
+    """
+    weights = torch.ones(len(counted))
+    depths = len(counted) - 1
+    for depth in range(1, depths + 1):
+        ratio = float(counted[0] / counted[depth]) if counted[depth] else 0.0
+        weights[depth] = mtp_loss_weight / depths * ratio
+    return weights
+
+
+def _forward(
+    rows: Iterator[Row], model: nn.Module, *, weights: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Megatron-Core's forward step: output, and the function that makes the loss of it."""
+    row = next(rows)
+    output = model(
+        row.tokens,
+        row.position_ids,
+        None,
+        labels=row.labels,
+        packed_seq_params=row.packed,
+    )
+    return output, partial(_weighted_sum, mask=row.loss_mask, weights=weights)
+
+
+def _weighted_sum(
+    losses: Tensor, *, mask: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss to differentiate, counted tokens of this rank, sums to report."""
+    # A masked token's loss may be infinite (label 0 on padding); 0 * inf would be NaN.
+    sums = torch.where(mask > 0, losses.float(), 0.0).sum((1, 2))
+    return (sums * weights).sum(), mask[0].sum().int(), {"sums": sums.detach()}
+
+
+def _blame(rows: Sequence[Row]) -> str:
+    ids = [sample for row in rows for sample in row.sample_ids]
+    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    return f"samples {shown}"

@@ -1,0 +1,55 @@
+"""Starts `worker.py` under torchrun and reads what it wrote."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from distributed.worker import Case, Outcome
+from safetensors.torch import load_file
+from torch import Tensor
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class Results:
+    """What the cases of all launches into one directory gave."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def outcome(self, name: str) -> Outcome:
+        return Outcome(**json.loads((self.out / f"{name}.json").read_text()))
+
+    def tensors(self, name: str, what: str) -> dict[str, Tensor]:
+        return load_file(self.out / name / f"{what}.safetensors")
+
+
+def launch(
+    num_processes: int,
+    cases: Sequence[Case],
+    *,
+    hf_dir: Path,
+    out: Path,
+    batch_size: int = 8,
+    longest: int = 24,
+    timeout_s: float = 600,
+) -> Results:
+    """Runs all cases in one launch; a failure shows the end of the ranks' output."""
+    out.mkdir(parents=True, exist_ok=True)
+    plan = out / f"plan{num_processes}.json"
+    content = {
+        "hf_dir": str(hf_dir),
+        "out": str(out),
+        "cases": [asdict(case) for case in cases],
+        "batch_size": batch_size,
+        "longest": longest,
+    }
+    plan.write_text(json.dumps(content))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={num_processes}", str(WORKER), str(plan)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return Results(out)

@@ -1,0 +1,191 @@
+"""Runs many layouts in one torchrun launch: load, train a few steps, write what came of it.
+
+    torchrun --nproc-per-node N worker.py PLAN.json
+
+PLAN.json: {"hf_dir", "out", "cases": [Case...]}. For each case rank 0 writes
+`out/NAME.json` (losses, gradient norms) and, as safetensors under Hugging Face's names,
+`out/NAME/{gradients,weights}.safetensors` or the exported directory.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.job import OptimizerSection, ScheduleSection
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.convert.bridge import Bridge
+from megatron_dsv3.convert.hf_io import HFReader
+from megatron_dsv3.convert.mapping import Param
+from megatron_dsv3.data.batch import make_batch
+from megatron_dsv3.data.dataset import Sample, rank_micro_batches
+from megatron_dsv3.model import cpu
+from megatron_dsv3.model.build import build_chunks, wrap
+from megatron_dsv3.model.config import mcore_config
+from megatron_dsv3.model.groups import start, stop
+from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
+from megatron_dsv3.train.step import TrainStep
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout and what to do in it."""
+
+    name: str
+    parallel: dict[str, int] = field(default_factory=dict)
+    steps: int = 2
+    micro_batch_size: int = 1
+    dtype: str = "fp32"
+    balance: float = 0.0
+    bias_update_rate: float = 0.0
+    overlap: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    losses: list[float]
+    mtp_losses: list[float | None]
+    grad_norms: list[float]
+    balances: list[float]
+
+
+def samples(seed: int, number: int, *, vocab_size: int, longest: int) -> list[Sample]:
+    """Documents of uneven length, about two thirds of their tokens counted."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(number):
+        length = int(torch.randint(2, longest + 1, (1,), generator=generator))
+        tokens = torch.randint(1, vocab_size, (length,), generator=generator, dtype=torch.int32)
+        counted = torch.rand(length, generator=generator) < 0.7
+        made.append(Sample(f"{seed}:{index}", tokens.numpy(), counted.numpy()))
+    return made
+
+
+class GradientBridge(Bridge):
+    """Exports the gradients in the place of the weights."""
+
+    def local_tensors(self) -> list[tuple[Param, Tensor]]:
+        gradient = {id(t): getattr(t, "main_grad", t) for _, t in super().local_tensors()}
+        return [(param, gradient[id(tensor)]) for param, tensor in super().local_tensors()]
+
+
+def gather_gradients(wrapped: list[Any]) -> None:
+    """Makes every rank's buffers whole: the distributed optimizer reduces only a rank's shard."""
+    for model in wrapped:
+        for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shards = bucket.grad_data.view(group.size(), -1)
+                mine = shards[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -> None:
+    arch = Architecture.from_hf(hf_dir)
+    parallel = Parallel(**case.parallel)
+    groups = start(parallel, torch.device("cpu"), seed=7)
+    dtype = DTYPES[case.dtype]
+    config = mcore_config(
+        arch,
+        parallel,
+        dtype=dtype,
+        sequence_balance_coefficient=case.balance,
+        bias_update_rate=case.bias_update_rate,
+        options=case.options,
+    )
+    chunks = build_chunks(
+        arch, parallel, groups, config, max_seq_length=longest, transformer_engine=False
+    )
+    bridge = Bridge(chunks, arch, parallel, groups)
+    bridge.load(HFReader(hf_dir))
+    if case.steps == 0:
+        _save(bridge, out / case.name, "weights", dtype)
+        return
+    wrapped = wrap(
+        chunks, config, overlap_grad_reduce=case.overlap, overlap_param_gather=case.overlap
+    )
+    section = OptimizerSection(lr=case.lr)
+    optimizer = build_optimizer(section, wrapped, dtype=dtype)
+    schedule = build_schedule(
+        ScheduleSection(decay="constant", warmup_steps=0),
+        optimizer,
+        max_lr=section.lr,
+        weight_decay=0.0,
+        num_steps=case.steps,
+    )
+    step = TrainStep(wrapped, optimizer, groups, mtp_loss_weight=0.3)
+    results = []
+    for number in range(case.steps):
+        whole = samples(number, batch_size, vocab_size=arch.vocab_size, longest=longest)
+        mine = rank_micro_batches(
+            whole,
+            micro_batch_size=case.micro_batch_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+        )
+        batches = [
+            make_batch(micro, seq_length=longest, num_mtp=arch.num_mtp_layers, pad_id=0)
+            for micro in mine
+        ]
+        results.append(step(batches))
+        schedule.step(1)
+        if number == 0:
+            gather_gradients(wrapped)
+            gradients = GradientBridge(chunks, arch, parallel, groups)
+            _save(gradients, out / case.name, "gradients", torch.float32)
+    for model in wrapped:
+        model.start_param_sync(force_sync=True) if case.overlap else None
+    _save(bridge, out / case.name, "weights", dtype)
+    if groups.rank == 0:
+        outcome = Outcome(
+            [r.loss for r in results],
+            [r.mtp_loss for r in results],
+            [r.grad_norm for r in results],
+            [r.expert_balance for r in results],
+        )
+        (out / f"{case.name}.json").write_text(json.dumps(asdict(outcome)))
+
+
+def _save(bridge: Bridge, directory: Path, name: str, dtype: torch.dtype) -> None:
+    tensors = {key: value.clone() for key, value in bridge.export(dtype=dtype)}
+    if bridge.groups.rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, directory / f"{name}.safetensors")
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    cpu.enable()
+    for entry in plan["cases"]:
+        case = Case(**entry)
+        try:
+            run(
+                case,
+                Path(plan["hf_dir"]),
+                Path(plan["out"]),
+                batch_size=plan["batch_size"],
+                longest=plan["longest"],
+            )
+        except Exception as error:
+            error.add_note(f"in case {case.name!r}")
+            raise
+        # The processes stay joined: a second rendezvous would meet the first one's addresses.
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+    stop()
+
+
+if __name__ == "__main__":
+    main()
