@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "MPLBACKEND": "Agg",
+    # Transformer Engine would multiply fp32 in TF32, and cuBLAS with it.
+    "NVIDIA_TF32_OVERRIDE": "0",
     # Megatron-Core demands it for TP with sequence parallelism on GPUs before Blackwell.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }

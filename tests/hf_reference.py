@@ -97,8 +97,11 @@ class Reference:
         return directory
 
 
-def build(seed: int = 0, **changes: Any) -> Reference:
-    """A small model; `changes` are fields of DeepseekV3Config."""
+def build(seed: int = 0, *, bias_std: float = 0.2, **changes: Any) -> Reference:
+    """A small model; `changes` are fields of DeepseekV3Config.
+
+    With a `bias_std` of 100 the biases alone choose the experts: no rounding can change them.
+    """
     torch.manual_seed(seed)
     config = DeepseekV3Config(**{**SMALL, **changes}, attn_implementation="eager")
     model = DeepseekV3ForCausalLM(config).eval().float()
@@ -116,7 +119,7 @@ def build(seed: int = 0, **changes: Any) -> Reference:
         parameter.data.normal_(mean, std)
     for name, buffer in [*model.named_buffers(), *mtp.named_buffers()]:
         if "e_score" in name:
-            buffer.copy_(torch.randn_like(buffer) * 0.2)
+            buffer.copy_(torch.randn_like(buffer) * bias_std)
     return Reference(model, mtp)
 
 

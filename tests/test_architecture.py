@@ -292,6 +292,29 @@ def test_quantization_is_written_only_where_true():
     assert arch.to_hf(fp8=True)["quantization_config"] == PUBLISHED_V3["quantization_config"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_read"),
+    [
+        ({}, True),
+        ({"fmt": ..., "activation_scheme": ..., "modules_to_not_convert": None}, True),
+        ({"scale_fmt": "ue8m0"}, True),
+        ({"activation_scheme": "static"}, False),
+        ({"fmt": "e5m2"}, False),
+        ({"weight_block_size": [64, 64]}, False),
+        ({"weight_block_size": ...}, False),
+        ({"quant_method": ...}, False),
+    ],
+)
+def test_only_fp8_in_blocks_of_128_is_read(changes, is_read):
+    quantization = {**PUBLISHED_V3["quantization_config"], **changes}
+    content = published(quantization_config={k: v for k, v in quantization.items() if v is not ...})
+    if is_read:
+        assert Architecture.from_hf(content) == DEEPSEEK_V3
+    else:
+        with pytest.raises(ValueError, match="is not DeepSeek's FP8 in 128x128 blocks"):
+            Architecture.from_hf(content)
+
+
 def test_vllm_finds_the_keys_that_transformers_does_not_write():
     written = Architecture.from_hf(DeepseekV3Config().to_dict()).to_hf()
     assert written["architectures"] == ["DeepseekV3ForCausalLM"]

@@ -54,7 +54,9 @@ def as_rank() -> Iterator[Callable[..., Bridge]]:
             stop()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         groups = start(parallel, torch.device("cpu"))
-        config = mcore_config(arch, parallel, dtype=torch.bfloat16, options=options)
+        config = mcore_config(
+            arch, parallel, dtype=torch.bfloat16, device=groups.device, options=options
+        )
         chunks = build_chunks(
             arch,
             parallel,

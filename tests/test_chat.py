@@ -24,6 +24,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from megatron_dsv3.data import chat
 from megatron_dsv3.data.chat import encode, load_tokenizer, render, tokenize
 from megatron_dsv3.data.messages import parse_conversation
 from megatron_dsv3.data.templates import TEMPLATES, Special
@@ -145,7 +146,11 @@ def test_text_that_the_template_leaves_out_is_reported(tokenizer):
 # ---- Many at once, and the tokenizer ------------------------------------------------------------
 
 
-def test_many_conversations_at_once_are_the_same_as_one_by_one(tokenizer):
+@pytest.mark.parametrize("characters_per_call", [1, 60, 1 << 22])
+def test_many_conversations_at_once_are_the_same_as_one_by_one(
+    tokenizer, monkeypatch, characters_per_call
+):
+    monkeypatch.setattr(chat, "_CHARACTERS_PER_CALL", characters_per_call)
     template = TEMPLATES["deepseek_r1"]
     rows = [THINKING, TOOL_LOOP, [user("<｜User｜>"), assistant(EOS)]]
     together = tokenize([render(parse_conversation(row), template) for row in rows], tokenizer)
@@ -160,7 +165,7 @@ def test_many_conversations_at_once_are_the_same_as_one_by_one(tokenizer):
 def test_a_tokenizer_set_to_truncate_and_pad_encodes_in_full(tokenizer):
     whole = ids(tokenizer, THINKING)
     tokenizer.backend_tokenizer.enable_truncation(2)
-    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.backend_tokenizer.enable_padding(length=9, pad_id=5)
     assert ids(tokenizer, THINKING) == whole
 
 

@@ -87,7 +87,7 @@ def test_a_home_directory_is_found(job_file, monkeypatch):
         [],
         ["schedule.warmup_steps=10"],
         ["optimizer.lr=1e-5", "schedule.min_lr=1e-7", "log.dir=logs", "train.num_steps=60"],
-        ["output.dir='1e-5'", "model.hf_dir='007'", "data.paths=['null', 'é: x', '# y']"],
+        ["output.dir='1e-5'", "model.hf_dir='007'", "data.paths=['null', '\u00e9: x', '# y']"],
         ["parallel.tp_size=2", "parallel.ep_size=4", "data.too_long=error"],
     ],
 )

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_reference import SMALL, YARN, Reference
-from megatron_dsv3.convert.hf_io import HFReader
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.convert.bridge import Bridge
+from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks
@@ -88,7 +88,7 @@ def make(groups: Groups, tmp_path) -> Callable[..., Case]:
         directory = reference.save(tmp_path / "hf")
         arch = Architecture.from_hf(directory)
         built = alter(arch) if alter else arch
-        config = mcore_config(built, Parallel(), dtype=torch.float32)
+        config = mcore_config(built, Parallel(), dtype=torch.float32, device=groups.device)
         chunks = build_chunks(
             built, Parallel(), groups, config, max_seq_length=LENGTH, transformer_engine=False
         )

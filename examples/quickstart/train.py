@@ -27,10 +27,10 @@ def main() -> None:
         [model] = trained.chunks
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, model.vocab_size, (1, PROBE_LENGTH), generator=generator)
-        positions = torch.arange(PROBE_LENGTH)[None]
+        positions, device = torch.arange(PROBE_LENGTH)[None], trained.groups.device
         model.eval()
         with torch.no_grad():  # every rank takes part: the experts are spread over them
-            logits = model(tokens, positions, None)[0]
+            logits = model(tokens.to(device), positions.to(device), None)[0].cpu()
         if dist.get_rank() == 0:
             torch.save({"tokens": tokens, "logits": logits}, probe)
 

@@ -144,7 +144,7 @@ def check_meaning(reading: Reading, values: Mapping[str, Any]) -> None:
 def _is_fp8_or_none(quantization: Any) -> bool:
     if quantization is None:
         return True
-    # transformers leaves out what its own FP8 has only one of.
+    # transformers' FP8 knows only these and need not write them.
     optional = {"activation_scheme": "dynamic", "fmt": "e4m3"}
     return isinstance(quantization, Mapping) and all(
         quantization.get(key, optional.get(key)) == value for key, value in FP8_QUANTIZATION.items()

@@ -276,8 +276,7 @@ def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
         if num_characters >= _CHARACTERS_PER_CALL:
             yield chunk
             chunk, num_characters = [], 0
-    if chunk:
-        yield chunk
+    yield chunk
 
 
 def _encode_plain(text: str, backend: Any) -> Ids:

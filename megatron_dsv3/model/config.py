@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_dsv3.config.architecture import Architecture, Yarn
@@ -32,6 +33,7 @@ def mcore_config(
     parallel: Parallel,
     *,
     dtype: torch.dtype,
+    device: torch.device,
     sequence_balance_coefficient: float = 0.0,
     bias_update_rate: float = 0.0,
     options: Mapping[str, Any] | None = None,
@@ -42,6 +44,7 @@ def mcore_config(
         arch: The model.
         parallel: The layout.
         dtype: Of parameters and activations: float32 or bfloat16.
+        device: Where the model will be; a GPU's fused kernels are taken there.
         sequence_balance_coefficient: See `DeepseekV3Config`.
         bias_update_rate: Change of an expert's bias per step (paper section 2.1.2); 0 freezes it.
         options: Fields of Megatron-Core's configuration that change no numbers (recompute).
@@ -52,6 +55,7 @@ def mcore_config(
         **_experts(arch),
         **_layout(arch, parallel),
         **_numerics(dtype),
+        **(_gpu(dtype) if device.type == "cuda" else {"use_cpu_initialization": True}),
         "sequence_balance_coefficient": sequence_balance_coefficient,
         "moe_router_bias_update_rate": bias_update_rate,
         **(options or {}),
@@ -156,9 +160,24 @@ def _numerics(dtype: torch.dtype) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
-        "use_cpu_initialization": True,
+        # Every weight is loaded, strictly: random numbers for 671B would cost minutes for nothing.
+        "perform_initialization": False,
         # One division by the global number of counted tokens, so that no layout changes the loss.
         "calculate_per_token_loss": True,
         "deallocate_pipeline_outputs": True,
         "cuda_graph_modules": [],
+    }
+
+
+def _gpu(dtype: torch.dtype) -> dict[str, Any]:
+    """Kernels that Transformer Engine and Megatron-Core bring for a GPU."""
+    half = dtype is torch.bfloat16
+    return {
+        "use_cpu_initialization": False,
+        # A fall-back to unfused attention is 4 to 80 times slower: let it fail instead. cuDNN has
+        # no fp32 kernel, and fp32 is there for checks.
+        "attention_backend": AttnBackend.fused if half else AttnBackend.unfused,
+        "bias_activation_fusion": True,
+        "gradient_accumulation_fusion": half,
+        "moe_permute_fusion": True,
     }

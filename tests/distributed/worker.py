@@ -101,6 +101,7 @@ def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -
         arch,
         parallel,
         dtype=dtype,
+        device=groups.device,
         sequence_balance_coefficient=case.balance,
         bias_update_rate=case.bias_update_rate,
         options=case.options,

@@ -1,0 +1,149 @@
+"""The same model with Transformer Engine's modules on a GPU, against transformers in fp32.
+
+`make test-gpu` runs all `gpu` tests in one process: starting takes most of a minute.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hf_reference
+import pytest
+import torch
+import torch.nn.functional as F
+from hf_reference import YARN, Reference
+from torch import Tensor
+
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.convert.bridge import Bridge
+from megatron_dsv3.convert.hf_io import HFReader
+from megatron_dsv3.convert.tensors import pieces_of
+from megatron_dsv3.model.build import build_chunks, routers, wrap
+from megatron_dsv3.model.config import mcore_config
+from megatron_dsv3.model.groups import Groups, device_of, start, stop
+from megatron_dsv3.model.router import PackedRow
+
+pytestmark = pytest.mark.gpu
+
+LENGTH = 128
+REAL_HEADS = {
+    "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
+}  # fmt: skip
+# bf16 keeps 8 bits: 2^-9 an operation, some hundred in a row; measured 1e-2 of the norm.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Groups]:
+    yield start(Parallel(), device_of("cuda"))
+    stop()
+
+
+@pytest.fixture(autouse=True)
+def any_attention_backend(monkeypatch):
+    """Megatron-Core fixes a process's first choice in these variables."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return hf_reference.build(bias_std=100.0, **REAL_HEADS)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(0, 128, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+def _bridge(reference: Reference, directory: Path, groups: Groups, dtype: torch.dtype) -> Bridge:
+    reference.save(directory, dtype=dtype)
+    arch = Architecture.from_hf(directory)
+    config = mcore_config(arch, Parallel(), dtype=dtype, device=groups.device)
+    chunks = build_chunks(
+        arch, Parallel(), groups, config, max_seq_length=2 * LENGTH, transformer_engine=True
+    )
+    bridge = Bridge(chunks, arch, Parallel(), groups)
+    bridge.load(HFReader(directory))
+    return bridge
+
+
+def _packed(num_documents: int, device: torch.device) -> PackedRow:
+    bounds = torch.arange(num_documents + 1, dtype=torch.int32, device=device) * LENGTH
+    return PackedRow(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=LENGTH,
+        max_seqlen_kv=LENGTH,
+        documents=torch.arange(num_documents, device=device).repeat_interleave(LENGTH),
+        num_documents=num_documents,
+    )
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float().cpu() - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_logits_and_gradients_are_those_of_transformers(
+    groups, reference, tokens, tmp_path, dtype, packed
+):
+    if packed and dtype is torch.float32:
+        pytest.skip("cuDNN has no fp32 attention, and unfused attention no packed rows")
+    bridge = _bridge(reference, tmp_path, groups, dtype)
+    [model] = bridge.chunks
+    labels = torch.stack([F.pad(tokens[:, d + 1 :], (0, d + 1)) for d in range(2)])
+    rows, marked = tokens.cuda(), labels.cuda()
+    row = None
+    if packed:
+        rows, marked, row = rows.view(1, -1), marked.view(2, 1, -1), _packed(2, groups.device)
+    positions = torch.arange(LENGTH, device="cuda").expand(2, LENGTH).reshape(rows.shape)
+    with torch.no_grad():
+        ours = model(rows, positions, None, packed_seq_params=row)
+    theirs = reference.logits(tokens)
+    for depth, logits in enumerate(theirs):
+        assert _error(ours[depth].view(logits.shape), logits.detach()) < TOLERANCE[dtype]
+    reference.model.zero_grad()
+    reference.mtp.zero_grad()
+    sum(
+        F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="sum")
+        for logits, label in zip(theirs, labels, strict=True)
+    ).backward()
+    wrapped = wrap([model], model.config)
+    wrapped[0].zero_grad_buffer()
+    wrapped[0](rows, positions, None, labels=marked, packed_seq_params=row).sum().backward()
+    gradients = reference.gradients()
+    errors = {}
+    for param, tensor in bridge.local_tensors():
+        if not param.is_buffer:
+            for name, ours in zip(param.hf, pieces_of(param, tensor.main_grad, 1), strict=True):
+                errors[name] = _error(ours, gradients[name])
+    worst = max(errors, key=errors.__getitem__)
+    # A gradient has passed through twice the operations, and routing of near ties may differ.
+    assert errors[worst] < 3 * TOLERANCE[dtype], f"{worst}: {errors[worst]:.1e}"
+
+
+def test_load_and_export_give_back_every_bit_through_transformer_engine(
+    groups, reference, tmp_path
+):
+    bridge = _bridge(reference, tmp_path, groups, torch.bfloat16)
+    original, back = hf_reference.read(tmp_path), dict(bridge.export(dtype=torch.bfloat16))
+    assert back.keys() == original.keys()
+    assert not [
+        n for n, t in original.items() if not torch.equal(t, back[n]) or t.dtype != back[n].dtype
+    ]
+
+
+def test_bias_and_counters_stay_fp32_in_bf16_training(groups, reference, tmp_path):
+    bridge = _bridge(reference, tmp_path, groups, torch.bfloat16)
+    wrap(bridge.chunks, bridge.chunks[0].config)
+    found = routers(bridge.chunks)
+    assert found
+    for router in found:
+        assert router.expert_bias.dtype is torch.float32
+        assert router.local_tokens_per_expert.dtype is torch.float32
