@@ -4,16 +4,10 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from megatron.core import parallel_state
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from pydantic import ValidationError
 
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.config.parallel import Parallel
-from megatron_dsv3.config.placement import Stage, mcore_layout, place
 
 
 @pytest.mark.parametrize(
@@ -121,97 +115,3 @@ def test_the_record_is_frozen_and_knows_its_fields():
 
 def test_every_size_has_a_description():
     assert all(info.description for info in Parallel.model_fields.values())
-
-
-def num_layers(stages):
-    return [len(stage.layers) for stage in stages]
-
-
-def test_61_layers_on_8_stages_leave_the_last_the_lighter():
-    stages = place(DEEPSEEK_V3, Parallel(pp_size=8))
-    assert num_layers(stages) == [7, 8, 8, 8, 8, 8, 7, 7]
-    assert stages[0] == Stage(
-        pp_rank=0,
-        vpp_rank=0,
-        has_embedding=True,
-        layers=tuple(range(7)),
-        mtp_layers=(),
-        has_loss=False,
-    )
-    assert stages[-1] == Stage(
-        pp_rank=7,
-        vpp_rank=0,
-        has_embedding=False,
-        layers=tuple(range(54, 61)),
-        mtp_layers=(0,),
-        has_loss=True,
-    )
-
-
-def test_chunks_go_round_the_pipeline():
-    stages = place(replace(DEEPSEEK_V3, num_layers=6), Parallel(pp_size=2, vpp_size=2))
-    assert [(s.vpp_rank, s.pp_rank, s.layers) for s in stages] == [
-        (0, 0, (0,)),
-        (0, 1, (1, 2)),
-        (1, 0, (3, 4)),
-        (1, 1, (5,)),
-    ]
-
-
-def test_one_process_holds_everything():
-    [stage] = place(DEEPSEEK_V3, Parallel())
-    assert stage.has_embedding
-    assert stage.has_loss
-    assert stage.layers == tuple(range(61))
-    assert stage.mtp_layers == (0,)
-
-
-@given(
-    layers=st.integers(3, 130),
-    pp_size=st.integers(1, 32),
-    vpp_size=st.integers(1, 6),
-    mtp=st.integers(0, 2),
-)
-def test_any_model_is_placed_whole_and_evenly_or_refused(layers, pp_size, vpp_size, mtp):
-    arch = replace(DEEPSEEK_V3, num_layers=layers, num_mtp_layers=mtp)
-    parallel = Parallel(pp_size=pp_size, vpp_size=vpp_size)
-    if problems := parallel.depth_problems(arch):
-        with pytest.raises(
-            ValueError, match=r"chunks, but the model has|needs pp_size > 1"
-        ) as error:
-            place(arch, parallel)
-        assert str(error.value) == "; ".join(problems)
-        return
-    stages = place(arch, parallel)
-    assert [s.vpp_rank * pp_size + s.pp_rank for s in stages] == list(range(pp_size * vpp_size))
-    assert [layer for s in stages for layer in s.layers] == list(range(layers))
-    assert [layer for s in stages for layer in s.mtp_layers] == list(range(mtp))
-    counts = num_layers(stages)
-    assert max(counts) - min(counts) <= 1
-    assert min(counts) == counts[-1] >= 1
-    assert [s.has_embedding for s in stages] == [True] + [False] * (len(stages) - 1)
-    assert [s.has_loss for s in stages] == [False] * (len(stages) - 1) + [True]
-    assert not any(s.mtp_layers for s in stages[:-1])
-
-
-@pytest.mark.parametrize(("pp_size", "vpp_size"), [(1, 1), (2, 1), (8, 1), (16, 1), (4, 4), (3, 2)])
-@pytest.mark.parametrize("mtp", [0, 1, 2])
-def test_megatron_core_reads_back_the_same_layers(pp_size, vpp_size, mtp, monkeypatch):
-    arch = replace(DEEPSEEK_V3, num_mtp_layers=mtp)
-    stages = place(arch, Parallel(pp_size=pp_size, vpp_size=vpp_size))
-    layout = PipelineParallelLayerLayout(mcore_layout(stages), pp_size)
-    assert not layout.validate_layer_layout(arch.num_layers, mtp)  # True: MTP without the loss
-    # Megatron-Core looks at vp_stage only where this global is set.
-    monkeypatch.setattr(
-        parallel_state,
-        "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE",
-        vpp_size if vpp_size > 1 else None,
-    )
-    for stage in stages:
-        where = {"pp_rank": stage.pp_rank, "vp_stage": stage.vpp_rank}
-        assert layout.get_layer_id_list(LayerType.decoder, **where) == list(stage.layers)
-        assert layout.get_layer_offset(LayerType.decoder, **where) == stage.layers[0]
-        assert layout.get_layer_id_list(LayerType.mtp, **where) == list(stage.mtp_layers)
-        kinds = layout.layout[stage.pp_rank][stage.vpp_rank]
-        assert (LayerType.embedding in kinds) == stage.has_embedding
-        assert (LayerType.loss in kinds) == stage.has_loss

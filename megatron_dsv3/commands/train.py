@@ -201,11 +201,14 @@ def _batches(inputs: Inputs, groups: Groups) -> Iterator[StepBatch]:
 
 
 def _to_batch(samples: Sequence[Sample], inputs: Inputs) -> Batch:
+    """Padded to the longest sample; pipeline stages exchange rows of one length for all."""
+    job = inputs.job
+    length = job.data.seq_length
+    if job.parallel.pp_size == 1:
+        longest = max(1, *(len(sample.tokens) for sample in samples))
+        length = math.ceil(longest / job.row_multiple) * job.row_multiple
     return make_batch(
-        samples,
-        seq_length=inputs.job.data.seq_length,
-        num_mtp=inputs.arch.num_mtp_layers,
-        pad_id=inputs.pad_id,
+        samples, seq_length=length, num_mtp=inputs.arch.num_mtp_layers, pad_id=inputs.pad_id
     )
 
 

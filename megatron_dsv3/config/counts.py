@@ -77,19 +77,36 @@ def flops_per_token(
         num_mtp_layers: MTP layers that are computed; None: all of the model.
     """
     depth = arch.num_mtp_layers if num_mtp_layers is None else num_mtp_layers
-    head = arch.vocab_size * arch.hidden_size
-    chosen = arch.num_experts_per_token + arch.num_shared_experts
-    moe_layer = _attention(arch) + _router(arch) + chosen * _expert(arch)
-    dense_layer = _attention(arch) + _dense_mlp(arch)
-    weights = (
-        head
-        + arch.num_dense_layers * dense_layer
-        + arch.num_moe_layers * moe_layer
-        + depth * (head + _mtp_projection(arch) + moe_layer)
-    )
+    unit = unit_flops(arch, seq_length)
+    layers = arch.num_dense_layers * unit.dense_layer + arch.num_moe_layers * unit.moe_layer
+    return layers + depth * unit.mtp_layer + (1 + depth) * unit.head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitFlops:
+    """`flops_per_token` by the units that pipeline stages are made of."""
+
+    dense_layer: int
+    moe_layer: int
+    mtp_layer: int
+    """Without its pass through the head."""
+    head: int
+    """One pass; every prediction depth has one."""
+
+
+def unit_flops(arch: Architecture, seq_length: int) -> UnitFlops:
+    """Forward and backward FLOPs of one token in one unit; see `flops_per_token`."""
     head_dims = arch.qk_head_dim + arch.qk_rope_head_dim + arch.v_head_dim
-    layers = arch.num_layers + depth
-    return 6 * weights + 3 * layers * arch.num_heads * head_dims * (seq_length + 1)
+    products = 3 * arch.num_heads * head_dims * (seq_length + 1)
+    chosen = arch.num_experts_per_token + arch.num_shared_experts
+    moe_weights = _attention(arch) + _router(arch) + chosen * _expert(arch)
+    moe_layer = 6 * moe_weights + products
+    return UnitFlops(
+        dense_layer=6 * (_attention(arch) + _dense_mlp(arch)) + products,
+        moe_layer=moe_layer,
+        mtp_layer=moe_layer + 6 * _mtp_projection(arch),
+        head=6 * arch.vocab_size * arch.hidden_size,
+    )
 
 
 def _attention(arch: Architecture) -> int:

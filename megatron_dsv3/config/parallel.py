@@ -28,6 +28,12 @@ class Parallel(Section):
     """Tensor parallelism inside each routed expert."""
     cp_size: Size = 1
     """Context parallelism: ranks that share each sequence outside and inside attention."""
+    stages: str | None = None
+    """Which layers live on which pipeline stage, as in `Et*7|t*8|...|t*7mL` (config/placement.py
+    says how to read it); null: balanced by cost."""
+    num_optimizer_instances: Size = 1
+    """Groups of data-parallel ranks that each hold all optimizer states between them. More need
+    more memory and send less between groups."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -70,10 +76,11 @@ class Parallel(Section):
         problems = []
         if self.vpp_size > 1 and self.pp_size == 1:
             problems.append(f"vpp_size({self.vpp_size}) needs pp_size > 1; set vpp_size to 1")
-        if self.num_chunks > arch.num_layers:
+        if self.stages is None and self.num_chunks > arch.num_layers + 1:
             problems.append(
                 f"pp_size({self.pp_size}) * vpp_size({self.vpp_size}) = {self.num_chunks} chunks, "
-                f"but the model has {arch.num_layers} layers; use at most one chunk a layer"
+                f"but the model has {arch.num_layers} layers and the loss; use fewer, or place "
+                f"empty chunks with stages"
             )
         return problems
 

@@ -1,10 +1,23 @@
-"""Which layers live on which pipeline stage, as rows of data."""
+"""Which layers live on which pipeline stage, as rows of data: derived by cost, or from a string.
 
-from collections.abc import Sequence
+A string lists the chunks in the order in which a token passes them, parted by `|`: `E` the
+embedding, `t` a decoder layer, `m` an MTP layer, `L` final norm, head and loss, `-` a chunk that is
+meant to be empty. `*n` repeats a letter or a group in parentheses: `Et*4|(t*4|)*14t|mL`. Chunk c is
+chunk `c // pp_size` of pipeline stage `c % pp_size`.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.counts import UnitFlops, unit_flops
 from megatron_dsv3.config.parallel import Parallel
+
+BALANCED_FOR_SEQ_LENGTH = 4096
+"""Context at which the derived placement weighs attention against the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,33 +35,31 @@ class Stage:
     has_loss: bool
     """Whether the final norm, the head and the loss are here."""
 
+    @property
+    def letters(self) -> str:
+        """This chunk in the string form."""
+        text = "E" * self.has_embedding + "t" * len(self.layers) + "m" * len(self.mtp_layers)
+        return text + "L" * self.has_loss or "-"
 
-def place(arch: Architecture, parallel: Parallel) -> list[Stage]:
-    """All chunks in the order in which a token passes them: chunk c = vpp_rank * pp_size + pp_rank.
 
-    Decoder layers are spread evenly by number. MTP stays with the loss: on another chunk than the
-    head, the gradient of the embedding would not be reduced among all that hold it.
+@functools.cache
+def place(arch: Architecture, parallel: Parallel) -> tuple[Stage, ...]:
+    """All chunks in the order in which a token passes them.
+
+    Where the layout has no `stages` of its own, the costliest chunk is made as cheap as it can be,
+    and the others as even as that allows. MTP then stays with the loss, whose head it uses.
 
     Raises:
-        ValueError: More chunks than layers, or chunks without a pipeline.
+        ValueError: The string does not place this model, or there are more chunks than layers.
     """
     if problems := parallel.depth_problems(arch):
         raise ValueError("; ".join(problems))
-    stages, first = [], 0
-    for chunk, num_layers in enumerate(_num_layers(arch.num_layers, parallel.num_chunks)):
-        is_last = chunk == parallel.num_chunks - 1
-        stages.append(
-            Stage(
-                pp_rank=chunk % parallel.pp_size,
-                vpp_rank=chunk // parallel.pp_size,
-                has_embedding=chunk == 0,
-                layers=tuple(range(first, first + num_layers)),
-                mtp_layers=tuple(range(arch.num_mtp_layers)) if is_last else (),
-                has_loss=is_last,
-            )
-        )
-        first += num_layers
-    return stages
+    chunks = (
+        _derive(arch, parallel.num_chunks)
+        if parallel.stages is None
+        else _read(parallel.stages, arch, parallel)
+    )
+    return tuple(_number(chunks, parallel.pp_size))
 
 
 def mcore_layout(stages: Sequence[Stage]) -> list[list[str]]:
@@ -62,13 +73,127 @@ def mcore_layout(stages: Sequence[Stage]) -> list[list[str]]:
     ]
 
 
-def _num_layers(num_layers: int, num_chunks: int) -> list[int]:
-    """Layers of each chunk; they differ by at most one.
+def stage_costs(arch: Architecture, stages: Sequence[Stage], seq_length: int) -> list[float]:
+    """Each chunk's share of the model's FLOPs; they sum to 1."""
+    flops = unit_flops(arch, seq_length)
+    costs = [
+        sum(_layer_cost(arch, layer, flops) for layer in stage.layers)
+        + len(stage.mtp_layers) * flops.mtp_layer
+        + stage.has_loss * (1 + arch.num_mtp_layers) * flops.head
+        for stage in stages
+    ]
+    return [cost / sum(costs) for cost in costs]
 
-    The chunks in the middle are the first to get one more, the last chunk, with MTP and the head,
-    is the last.
+
+def _layer_cost(arch: Architecture, layer: int, flops: UnitFlops) -> int:
+    return flops.moe_layer if arch.is_moe_layer(layer) else flops.dense_layer
+
+
+def _derive(arch: Architecture, num_chunks: int) -> list[str]:
+    flops = unit_flops(arch, BALANCED_FOR_SEQ_LENGTH)
+    costs = [_layer_cost(arch, layer, flops) for layer in range(arch.num_layers)]
+    depth = arch.num_mtp_layers
+    tail = depth * flops.mtp_layer + (1 + depth) * flops.head
+    counts = _partition(costs, num_chunks, tail)
+    chunks = ["t" * count for count in counts]
+    chunks[0] = "E" + chunks[0]
+    chunks[-1] += "m" * depth + "L"
+    return chunks
+
+
+def _partition(costs: Sequence[int], num_chunks: int, tail: int) -> list[int]:
+    """Layers of each chunk: contiguous, the largest cost smallest, then the squares' sum.
+
+    Every chunk has a layer but the last, which has `tail` in any case.
     """
-    base, left_over = divmod(num_layers, num_chunks)
-    by_load = [*range(1, num_chunks - 1), 0, num_chunks - 1]
-    fuller = set(by_load[:left_over])
-    return [base + (chunk in fuller) for chunk in range(num_chunks)]
+    total = list(itertools.accumulate(costs, initial=0))
+    # best[end]: (largest cost, sum of squares, start) of the last chunk so far, ending there.
+    best: dict[int, tuple[int, int, int]] = {0: (0, 0, 0)}
+    rows = []
+    for chunk in range(num_chunks):
+        is_last = chunk == num_chunks - 1
+        row: dict[int, tuple[int, int, int]] = {}
+        for start, (largest, squares, _) in best.items():
+            ends = [len(costs)] if is_last else range(start + 1, len(costs) + 1)
+            for end in ends:
+                cost = total[end] - total[start] + tail * is_last
+                option = (max(largest, cost), squares + cost**2, start)
+                if end not in row or option < row[end]:
+                    row[end] = option
+        rows.append(row)
+        best = row
+    counts, end = [], len(costs)
+    for row in reversed(rows):
+        start = row[end][2]
+        counts.append(end - start)
+        end = start
+    return counts[::-1]
+
+
+_TOKEN = re.compile(r"([EtmL|-])(?:\*(\d+))?|\(([^()]*)\)\*(\d+)|[,\s]+")
+
+
+def _read(text: str, arch: Architecture, parallel: Parallel) -> list[str]:
+    chunks = _expand(text).split("|")
+    problems = _string_problems(chunks, arch, parallel)
+    if problems:
+        raise ValueError(f"stages {text!r}: " + "; ".join(problems))
+    return [chunk.replace("-", "") for chunk in chunks]
+
+
+def _expand(text: str) -> str:
+    """Writes out all repetitions.
+
+    Raises:
+        ValueError: A character that means nothing, with its place.
+    """
+    result, at = "", 0
+    while at < len(text):
+        token = _TOKEN.match(text, at)
+        if token is None:
+            raise ValueError(
+                f"stages {text!r}: {text[at]!r} at character {at + 1} means nothing; expected E, "
+                f"t, m, L, - or |, a repetition as in t*4, or a group as in (t*4|)*3"
+            )
+        letter, times, group, group_times = token.groups()
+        result += (letter or "") * int(times or 1) + _expand(group or "") * int(group_times or 1)
+        at = token.end()
+    return result
+
+
+def _string_problems(chunks: Sequence[str], arch: Architecture, parallel: Parallel) -> list[str]:
+    letters = "".join(chunks).replace("-", "")
+    wanted = {"E": 1, "t": arch.num_layers, "m": arch.num_mtp_layers, "L": 1}
+    problems = [
+        f"expected {count} x {letter}, got {letters.count(letter)}"
+        for letter, count in wanted.items()
+        if letters.count(letter) != count
+    ]
+    if not problems and letters != "".join(letter * count for letter, count in wanted.items()):
+        problems.append("expected the order E, all t, all m, L")
+    if len(chunks) != parallel.num_chunks:
+        problems.append(
+            f"expected pp_size({parallel.pp_size}) * vpp_size({parallel.vpp_size}) = "
+            f"{parallel.num_chunks} chunks, got {len(chunks)}"
+        )
+    empty = [number for number, chunk in enumerate(chunks, start=1) if not chunk]
+    if empty:
+        problems.append(f"chunk {empty[0]} is empty; write - for one that is meant to be")
+    if len([chunk for chunk in chunks if "m" in chunk]) > 1:
+        problems.append("all MTP layers must be in one chunk")
+    return problems
+
+
+def _number(chunks: Sequence[str], pp_size: int) -> Iterator[Stage]:
+    layer = 0
+    for index, chunk in enumerate(chunks):
+        count = chunk.count("t")
+        yield Stage(
+            pp_rank=index % pp_size,
+            vpp_rank=index // pp_size,
+            has_embedding="E" in chunk,
+            layers=tuple(range(layer, layer + count)),
+            mtp_layers=tuple(range(chunk.count("m"))),
+            has_loss="L" in chunk,
+        )
+        layer += count

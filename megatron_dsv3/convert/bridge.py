@@ -112,7 +112,7 @@ class Bridge:
         return self.arch.num_experts // self.parallel.ep_size
 
     @cached_property
-    def _all_stages(self) -> list[Stage]:
+    def _all_stages(self) -> tuple[Stage, ...]:
         return place(self.arch, self.parallel)
 
     @cached_property
