@@ -107,6 +107,8 @@ def test_one_rank_alone_holds_the_whole_671b(as_rank):
     [
         Parallel(tp_size=2, pp_size=2, ep_size=2),
         Parallel(tp_size=2, pp_size=2, vpp_size=2, ep_size=4),
+        Parallel(pp_size=4, stages="Ettt|t|-|mmL"),
+        Parallel(pp_size=4, stages="Ett|tt|mm|L"),
         Parallel(etp_size=2, ep_size=2, pp_size=2),
     ],
     ids=str,

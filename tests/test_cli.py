@@ -45,9 +45,10 @@ def test_a_job_ends_with_a_directory_that_transformers_loads(run, model, tmp_pat
     code, out, _ = run("train", job, "train.num_epochs=2")
     assert code == 0
     lines = re.findall(
-        r"^step (\d)/6 epoch \d\.\d\d loss \d+\.\d{4} mtp_loss \d+\.\d{4} lr \d\.\d\de-\d\d "
-        r"grad_norm [\d.]+ tok/s [\d,]+ counted_tok/s [\d,]+ TFLOP/s/device [\d.e-]+ "
-        r"mem_GiB - expert_balance \d+\.\d\d$",
+        r"^step (\d)/6 epoch \d\.\d\d loss \d+\.\d{4} mtp_loss \d+\.\d{4} valid_loss - "
+        r"lr \d\.\d\de-\d\d grad_norm [\d.]+ tok/s [\d,]+ tok/s/device [\d,]+ "
+        r"counted_tok/s [\d,]+ counted_tok/s/device [\d,]+ TFLOP/s/device [\d.e-]+ MFU - "
+        r"mem_GiB - expert_balance \d+\.\d\d skipped 0$",
         out,
         re.MULTILINE,
     )
@@ -66,6 +67,75 @@ def test_a_job_ends_with_a_directory_that_transformers_loads(run, model, tmp_pat
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert torch.equal(before[bias], after[bias]), "the bias is frozen unless the job says not"
+
+
+def _trained(run, model: Path, directory: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    job = write_job(directory, model, write_chats(directory / "chats.jsonl"))
+    code, out, err = run("train", job, *overrides)
+    assert code == 0, out + err
+    return load_file(directory / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("mode", ["off", "freeze"])
+def test_mtp_that_is_not_trained_is_written_as_it_was_loaded(run, model, tmp_path, mode):
+    before = load_file(model / "model.safetensors")
+    after = _trained(run, model, tmp_path, f"mtp.mode={mode}")
+    assert after.keys() == before.keys()
+    prefix = "model.layers.2."
+    copies = {f"{prefix}embed_tokens.weight", f"{prefix}shared_head.head.weight"}
+    own = [name for name in before if name.startswith(prefix) and name not in copies]
+    assert len(own) > 20
+    assert not [name for name in own if not torch.equal(before[name], after[name])]
+    assert torch.equal(after[f"{prefix}shared_head.head.weight"], after["lm_head.weight"])
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert (read_metrics(tmp_path / "log")[0].mtp_loss is None) == (mode == "off")
+
+
+def test_biases_move_where_the_job_says_so_and_loads_are_recorded(run, model, tmp_path):
+    before = load_file(model / "model.safetensors")
+    after = _trained(run, model, tmp_path, "experts.bias=update", "experts.bias_update_rate=0.5")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    moved = (after[name] - before[name]).abs()
+    assert moved.max() > 0.4
+    assert torch.allclose(moved / 0.5, (moved / 0.5).round(), atol=1e-5), "steps of the rate"
+    [line] = (tmp_path / "log" / "expert_load.jsonl").read_text().splitlines()
+    assert json.loads(line)["layers"] == [1, 2]
+
+
+def test_validation_is_the_loss_of_the_model_at_that_step(run, model, tmp_path):
+    """Validated on the data of the last step: before its update the loss is the training loss."""
+    chats = tmp_path / "validation.jsonl"
+    write_chats(chats, CONVERSATIONS[:3])
+    settings = [f"validation.paths=[{chats}]", "validation.every_steps=2", "optimizer.lr=1e-12"]
+    _trained(run, model, tmp_path, *settings)
+    records = read_metrics(tmp_path / "log")
+    validated = [record.step for record in records if record.validation_loss is not None]
+    assert validated == [2, 3]
+    # With no learning, three steps over six samples: the mean of two halves of the same set.
+    assert records[1].validation_loss == pytest.approx(records[2].validation_loss, rel=1e-5)
+    code, _, _ = run(
+        "train",
+        write_job(tmp_path, model, chats, output={"dir": str(tmp_path / "out2")}),
+        "train.global_batch_size=3",
+        f"log.dir={tmp_path / 'log2'}",
+    )
+    assert code == 0
+    [record] = read_metrics(tmp_path / "log2")
+    assert record.loss == pytest.approx(records[1].validation_loss, rel=1e-5)
+
+
+def test_a_spike_can_be_skipped_and_is_listed(run, model, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    _nan_weight(copy, tmp_path)
+    job = write_job(tmp_path, copy, write_chats(tmp_path / "chats.jsonl"))
+    code, out, _ = run("train", job, "spikes.action=skip", "train.global_batch_size=3")
+    assert code == 0
+    assert re.search(r"step 1 skipped: loss is not finite; .*chats\.jsonl:\d", out)
+    records = read_metrics(tmp_path / "log")
+    assert [record.num_skipped for record in records] == [1, 2]
+    before, after = (load_file(d / "model.safetensors") for d in (copy, tmp_path / "out"))
+    assert all(torch.equal(before[n], after[n]) for n in before if n != "model.norm.weight")
 
 
 def _edit_config(**changes: object) -> Callable[[Path, Path], None]:

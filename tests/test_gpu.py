@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.sections import ExpertsSection
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
@@ -62,7 +63,8 @@ def tokens() -> Tensor:
 def _bridge(reference: Reference, directory: Path, groups: Groups, dtype: torch.dtype) -> Bridge:
     reference.save(directory, dtype=dtype)
     arch = Architecture.from_hf(directory)
-    config = mcore_config(arch, Parallel(), dtype=dtype, device=groups.device)
+    experts = ExpertsSection(aux_loss_coefficient=0.0)
+    config = mcore_config(arch, Parallel(), dtype=dtype, device=groups.device, experts=experts)
     chunks = build_chunks(
         arch, Parallel(), groups, config, max_seq_length=2 * LENGTH, transformer_engine=True
     )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.config.job import Job, load_job, to_yaml
 from megatron_dsv3.config.section import Section, setting_names
+from megatron_dsv3.config.yaml_file import with_overrides
 
 MINIMAL = {
     "model": {"hf_dir": "model"},
@@ -44,7 +45,7 @@ def test_defaults_are_what_users_of_v3_know(job_file):
     schedule = job.schedule
     assert (schedule.decay, schedule.warmup_fraction, schedule.min_lr) == ("cosine", 0.03, 0.0)
     assert (job.train.num_epochs, job.train.num_steps) == (1, None)
-    assert (job.experts.aux_loss_coefficient, job.experts.bias_update_rate) == (1e-4, 0.0)
+    assert (job.experts.aux_loss_coefficient, job.experts.bias) == (1e-4, "freeze")
     assert job.mtp.loss_weight == 0.1
     assert job.parallel.tp_size == 1
 
@@ -335,3 +336,11 @@ def test_every_setting_has_a_description():
         is_section = isinstance(section, type) and issubclass(section, Section)
         assert section.__doc__ if is_section else info.description, name
     assert len(setting_names(Job)) > 40
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("off", "off"), ("no", "no"), ("On", "On"), ("true", True), ("False", False), ("n", "n")],
+)
+def test_only_true_and_false_are_booleans(text, value):
+    assert with_overrides({}, [f"mtp.mode={text}"]) == {"mtp": {"mode": value}}

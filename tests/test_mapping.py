@@ -135,15 +135,17 @@ def test_names_and_shapes_with_mtp_are_those_of_transformers_mtp_layer(changes, 
 
 
 def test_joined_tensors_are_gate_then_up():
-    for name in ("mlp.linear_fc1.weight", "mlp.shared_experts.linear_fc1.weight"):
-        layer = 0 if name.startswith("mlp.linear") else 60
-        param = by_mcore_name(DEEPSEEK_V3)[f"decoder.layers.{layer}.{name}"]
-        stem = f"model.layers.{layer}." + name.removesuffix("linear_fc1.weight")
-        assert param.hf == (f"{stem}gate_proj.weight", f"{stem}up_proj.weight")
-    expert = by_mcore_name(DEEPSEEK_V3)["decoder.layers.60.mlp.experts.linear_fc1.weight255"]
-    stem = "model.layers.60.mlp.experts.255."
-    assert expert.hf == (f"{stem}gate_proj.weight", f"{stem}up_proj.weight")
-    assert (expert.mcore_shape, expert.numel) == ((4096, 7168), 4096 * 7168)
+    params = by_mcore_name(DEEPSEEK_V3)
+    for name, stem in {
+        "decoder.layers.0.mlp.linear_fc1.weight": "model.layers.0.mlp.",
+        "decoder.layers.60.mlp.shared_experts.linear_fc1.weight": (
+            "model.layers.60.mlp.shared_experts."
+        ),
+        "decoder.layers.60.mlp.experts.linear_fc1.weight255": "model.layers.60.mlp.experts.255.",
+    }.items():
+        assert params[name].hf == (f"{stem}gate_proj.weight", f"{stem}up_proj.weight")
+    assert params[name].mcore_shape == (4096, 7168)
+    assert params[name].numel == 4096 * 7168
 
 
 def test_deepseek_quantises_projections_and_nothing_else(arch):

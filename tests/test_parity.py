@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.sections import ExpertsSection
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
@@ -88,7 +89,13 @@ def make(groups: Groups, tmp_path) -> Callable[..., Case]:
         directory = reference.save(tmp_path / "hf")
         arch = Architecture.from_hf(directory)
         built = alter(arch) if alter else arch
-        config = mcore_config(built, Parallel(), dtype=torch.float32, device=groups.device)
+        config = mcore_config(
+            built,
+            Parallel(),
+            dtype=torch.float32,
+            device=groups.device,
+            experts=ExpertsSection(aux_loss_coefficient=0.0),
+        )
         chunks = build_chunks(
             built, Parallel(), groups, config, max_seq_length=LENGTH, transformer_engine=False
         )

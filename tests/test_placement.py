@@ -29,6 +29,7 @@ def test_61_layers_on_8_stages_leave_the_last_the_lighter_by_what_the_heads_cost
         has_embedding=False,
         layers=tuple(range(56, 61)),
         mtp_layers=(0,),
+        has_final_norm=True,
         has_loss=True,
     )
 

@@ -103,6 +103,9 @@ def test_wrong_shapes_are_named():
     name = FC1.hf[1].replace(".", r"\.")
     with pytest.raises(ValueError, match=rf"{name}: expected shape \[24, 16\], got \[24, 15\]"):
         to_shard(FC1, [good, bad], 0, 1)
+    longer = torch.zeros(25, 16)  # its first half has the right shape
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \[24, 16\], got \[25, 16\]"):
+        to_shard(FC1, [good, longer], 0, 2)
     with pytest.raises(ValueError, match=rf"{name}: expected shape \[12, 16\], got \[24, 16\]"):
         join(FC1, [good[:12], good], 2)
     with pytest.raises(ValueError, match=r"linear_fc1\.weight: expected shape \[24, 16\]"):

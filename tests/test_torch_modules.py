@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,11 +58,24 @@ TE_LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
+@pytest.fixture
+def as_rank() -> Iterator[Callable[[Parallel, int, int], Groups]]:
+    """Joins a world that is not there; its collectives do nothing."""
     cpu.enable()
-    yield start(Parallel(), CPU)
     stop()
+
+    def join(parallel: Parallel, rank: int, world_size: int) -> Groups:
+        stop()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        return start(parallel, CPU)
+
+    yield join
+    stop()
+
+
+@pytest.fixture
+def groups(as_rank) -> Groups:
+    return as_rank(Parallel(), 0, 1)
 
 
 def _config(dtype: torch.dtype = torch.float32, parallel: Parallel | None = None, **options: Any):
@@ -75,21 +87,16 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+COMMON = {"init_method": torch.nn.init.normal_, "bias": False, "skip_bias_add": False}
+
+
 def _linear(cls: type, config: DeepseekV3Config, n_in: int, n_out: int, **options: Any) -> Any:
-    if cls is RowLinear:
-        options |= {"input_is_parallel": True}
-    elif cls is not DuplicatedLinear:
-        options |= {"gather_output": False}
-    return cls(
-        n_in,
-        n_out,
-        config=config,
-        init_method=torch.nn.init.normal_,
-        bias=False,
-        skip_bias_add=False,
-        is_expert=False,
-        **options,
-    )
+    options |= {"input_is_parallel": True} if cls is RowLinear else {"gather_output": False}
+    return cls(n_in, n_out, config=config, is_expert=False, **COMMON, **options)
+
+
+def _duplicated(config: DeepseekV3Config, n_in: int, n_out: int) -> DuplicatedLinear:
+    return DuplicatedLinear(n_in, n_out, config=config, parallel_mode="duplicated", **COMMON)
 
 
 # Norms
@@ -157,7 +164,7 @@ def test_parameters_that_see_part_of_the_sequence_say_so(as_rank, tp_size):
     marked = {
         "norm": RMSNorm(config, 8).weight,
         "fused norm": _linear(NormColumnLinear, config, 8, 8).layer_norm_weight,
-        "duplicated": _linear(DuplicatedLinear, config, 8, 8, parallel_mode="duplicated").weight,
+        "duplicated": _duplicated(config, 8, 8).weight,
     }
     assert {n: w.sequence_parallel for n, w in marked.items()} == dict.fromkeys(marked, tp_size > 1)
     column = _linear(NormColumnLinear, config, 8, 8).weight
@@ -169,7 +176,7 @@ def test_parameters_that_see_part_of_the_sequence_say_so(as_rank, tp_size):
 
 
 def test_the_duplicated_linear_is_a_product(groups):
-    linear = _linear(DuplicatedLinear, _config(), 12, 20, parallel_mode="duplicated")
+    linear = _duplicated(_config(), 12, 20)
     x = _random(3, 2, 12)
     assert linear.weight.shape == (20, 12)
     assert linear.weight.abs().max() > 0
@@ -182,17 +189,8 @@ SPLITS = [(3, 2, 4, 1), (0, 5, 0, 5), (10, 0, 0, 0), (0, 0, 0, 10), (0, 0, 0, 0)
 
 
 def _grouped(cls: type, pg_collection: Any, *, config: DeepseekV3Config | None = None) -> Any:
-    return cls(
-        4,
-        6,
-        10,
-        config=config or _config(),
-        init_method=torch.nn.init.normal_,
-        bias=False,
-        skip_bias_add=False,
-        is_expert=True,
-        pg_collection=pg_collection,
-    )
+    config = config or _config()
+    return cls(4, 6, 10, config=config, is_expert=True, pg_collection=pg_collection, **COMMON)
 
 
 @pytest.mark.parametrize("cls", [GroupedColumnLinear, GroupedRowLinear])
@@ -223,7 +221,8 @@ def test_an_expert_without_tokens_still_has_a_gradient_of_zero(groups):
 
 
 @pytest.mark.parametrize(
-    ("cls", "shape", "split_dim"), [(GroupedColumnLinear, (5, 6), 0), (GroupedRowLinear, (10, 3), 1)]
+    ("cls", "shape", "split_dim"),
+    [(GroupedColumnLinear, (5, 6), 0), (GroupedRowLinear, (10, 3), 1)],
 )
 def test_split_experts_hold_their_part_and_say_which(as_rank, cls, shape, split_dim):
     parallel = Parallel(etp_size=2)
@@ -266,34 +265,28 @@ def test_initialization_of_experts_takes_the_experts_random_state(as_rank):
 # Extra states
 
 
-def _modules(groups: Groups) -> dict[str, torch.nn.Module]:
-    config = _config()
-    return {
-        "RMSNorm": RMSNorm(config, 8),
-        "ColumnLinear": _linear(ColumnLinear, config, 8, 8),
-        "RowLinear": _linear(RowLinear, config, 8, 8),
-        "NormColumnLinear": _linear(NormColumnLinear, config, 8, 8),
-        "DuplicatedLinear": _linear(DuplicatedLinear, config, 8, 8, parallel_mode="duplicated"),
-        "GroupedColumnLinear": _grouped(GroupedColumnLinear, groups.collection),
-    }
+MODULES: dict[str, Callable[[Groups], torch.nn.Module]] = {
+    "RMSNorm": lambda _: RMSNorm(_config(), 8),
+    "ColumnLinear": lambda _: _linear(ColumnLinear, _config(), 8, 8),
+    "RowLinear": lambda _: _linear(RowLinear, _config(), 8, 8),
+    "NormColumnLinear": lambda _: _linear(NormColumnLinear, _config(), 8, 8),
+    "DuplicatedLinear": lambda _: _duplicated(_config(), 8, 8),
+    "GroupedColumnLinear": lambda groups: _grouped(GroupedColumnLinear, groups.collection),
+    "GroupedRowLinear": lambda groups: _grouped(GroupedRowLinear, groups.collection),
+}
+each_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
 
 
-NAMES = sorted(_modules.__annotations__) and [
-    "RMSNorm", "ColumnLinear", "RowLinear", "NormColumnLinear", "DuplicatedLinear",
-    "GroupedColumnLinear",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_extra_state_is_saved_empty_and_ignored_on_load(groups, name):
-    model = torch.nn.ModuleDict({"inner": _modules(groups)[name]})
+@each_module
+def test_an_extra_state_is_saved_empty_and_ignored_on_load(groups, make):
+    model = torch.nn.ModuleDict({"inner": make(groups)})
     state = model.state_dict()
     extra = [key for key in state if key.endswith("_extra_state")]
     assert extra == ["inner._extra_state"]
     assert (state[extra[0]].dtype, state[extra[0]].numel()) == (torch.uint8, 0)
     fp8 = torch.arange(9, dtype=torch.uint8)
     for accepted in ({**state, extra[0]: fp8}, {k: v for k, v in state.items() if k not in extra}):
-        fresh = torch.nn.ModuleDict({"inner": _modules(groups)[name]})
+        fresh = torch.nn.ModuleDict({"inner": make(groups)})
         given = dict(accepted)
         fresh.load_state_dict(given, strict=True)
         assert given.keys() == accepted.keys(), "the caller's dict is left alone"
@@ -301,15 +294,15 @@ def test_an_extra_state_is_saved_empty_and_ignored_on_load(groups, name):
             assert torch.equal(value, state[key]), key
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_strict_load_still_sees_a_missing_and_a_surplus_weight(groups, name):
-    module = _modules(groups)[name]
+@each_module
+def test_a_strict_load_still_sees_a_missing_and_a_surplus_weight(groups, make):
+    module = make(groups)
     state = module.state_dict()
     weight = next(key for key in state if "weight" in key)
     lacking = {k: v for k, v in state.items() if k != weight}
     with pytest.raises(RuntimeError, match=f"Missing key.*{weight}"):
         module.load_state_dict(lacking, strict=True)
-    with pytest.raises(RuntimeError, match="Unexpected key.*surprise"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*surprise"):
         module.load_state_dict({**state, "surprise": torch.zeros(1)}, strict=True)
 
 
@@ -317,28 +310,13 @@ def test_the_numbered_extra_states_of_a_sharded_checkpoint_are_accepted(groups):
     linear = _grouped(GroupedColumnLinear, groups.collection)
     numbered = {f"_extra_state{e}": torch.empty(0, dtype=torch.uint8) for e in (1, 2, 3)}
     linear.load_state_dict({**linear.state_dict(), **numbered}, strict=True)
-    with pytest.raises(RuntimeError, match="Unexpected key.*_extra_state4"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*_extra_state4"):
         linear.load_state_dict(
             {**linear.state_dict(), "_extra_state4": torch.empty(0)}, strict=True
         )
 
 
 # Against Transformer Engine's names
-
-
-@pytest.fixture
-def as_rank() -> Iterator[Callable[[Parallel, int, int], Groups]]:
-    """Joins a world that is not there."""
-    cpu.enable()
-    stop()
-
-    def join(parallel: Parallel, rank: int, world_size: int) -> Groups:
-        stop()
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        return start(parallel, CPU)
-
-    yield join
-    stop()
 
 
 def _shards(value: Any) -> list[Any]:
@@ -364,7 +342,10 @@ def _describe(shard: ShardedTensor | ShardedObject) -> list[Any]:
 
 
 def _state(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    return [(n, [list(v.shape), str(v.dtype)]) for n, v in model.state_dict().items()]
+    return [
+        (name, None if value is None else [list(value.shape), str(value.dtype)])
+        for name, value in model.state_dict().items()
+    ]
 
 
 def _marks(model: torch.nn.Module) -> list[tuple[str, list[Any]]]:

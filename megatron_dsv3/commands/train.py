@@ -4,17 +4,21 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.counts import flops_per_token
+from megatron_dsv3.config.devices import peak_bf16_tflops
 from megatron_dsv3.config.job import Job, to_yaml
+from megatron_dsv3.config.placement import mtp_stage, place, stage_costs
 from megatron_dsv3.convert.bridge import Bridge
-from megatron_dsv3.convert.hf_io import HFReader, write_hf
+from megatron_dsv3.convert.hf_io import HFReader, check_target, write_hf
 from megatron_dsv3.data.batch import Batch, make_batch
 from megatron_dsv3.data.chat import load_tokenizer
 from megatron_dsv3.data.dataset import (
@@ -26,18 +30,19 @@ from megatron_dsv3.data.dataset import (
 )
 from megatron_dsv3.data.templates import TEMPLATES
 from megatron_dsv3.model import cpu
-from megatron_dsv3.model.build import build_chunks, wrap
+from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups, RankError, SharedError, device_of, start, stop
 from megatron_dsv3.train.loop import Run, StepBatch, train
 from megatron_dsv3.train.metrics import FileSink, LineSink, Sink, StepRecord
 from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
 from megatron_dsv3.train.progress import ProgressSink
-from megatron_dsv3.train.step import TrainStep
+from megatron_dsv3.train.step import Losses, TrainStep
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HF_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +50,19 @@ class Inputs:
     """What a job names, read and found fit; nothing has been started or written."""
 
     job: Job
-    arch: Architecture
+    checkpoint: Architecture
+    """Of the files."""
     reader: HFReader
     samples: Samples
+    validation: Samples | None
     pad_id: int
+
+    @property
+    def arch(self) -> Architecture:
+        """Of the model that is trained: without MTP, where the job leaves it out."""
+        if self.job.mtp.mode == "off":
+            return replace(self.checkpoint, num_mtp_layers=0)
+        return self.checkpoint
 
     @property
     def num_steps(self) -> int:
@@ -80,15 +94,15 @@ def run(job: Job, console: Console, *, on_end: Sequence[Callable[[Trained], None
     Raises:
         ValueError: Before anything is started or written, where the job cannot work.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    inputs = read_inputs(job, world_size)
     if job.precision.compute == "fp32":
         # Read when CUDA starts. Transformer Engine multiplies fp32 in TF32 otherwise (3e-4 off).
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     device = device_of(job.train.device)
+    inputs = read_inputs(job, int(os.environ.get("WORLD_SIZE", "1")), device)
     if device.type == "cpu":
         cpu.enable()
-    groups = start(job.parallel, device, seed=job.train.seed)
+    stages = place(inputs.arch, job.parallel)
+    groups = start(job.parallel, device, seed=job.train.seed, mtp_stage=mtp_stage(stages))
     try:
         _train_and_write(inputs, groups, console, on_end)
     except SharedError:
@@ -99,30 +113,32 @@ def run(job: Job, console: Console, *, on_end: Sequence[Callable[[Trained], None
         stop()
 
 
-def read_inputs(job: Job, world_size: int) -> Inputs:
+def read_inputs(job: Job, world_size: int, device: torch.device) -> Inputs:
     """Reads and checks everything that a job names.
 
     Raises:
         ValueError: With every problem that can be found without starting.
     """
     arch = Architecture.from_hf(job.model.hf_dir)
-    if problems := job.problems(arch, world_size):
+    problems = job.problems(arch, world_size)
+    problems += job.backend_problems("cuda" if device.type == "cuda" else "cpu")
+    if problems:
         raise ValueError("\n".join(problems))
-    if job.output.dir.exists() and any(job.output.dir.iterdir()):
-        raise ValueError(f"output.dir {job.output.dir}: is not empty; choose another directory")
+    check_target(job.output.dir)
     reader = HFReader(job.model.hf_dir)
     reader.check_against(arch)
     tokenizer = load_tokenizer(job.model.hf_dir)
-    samples = load_samples(
-        job.data.paths,
-        tokenizer,
-        TEMPLATES[job.data.template],
+    load = partial(
+        load_samples,
+        tokenizer=tokenizer,
+        template=TEMPLATES[job.data.template],
         seq_length=job.data.seq_length,
         too_long=job.data.too_long,
         history_reasoning=job.data.history_reasoning,
     )
+    validation = load(job.validation.paths) if job.validation.paths else None
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Inputs(job, arch, reader, samples, pad_id)
+    return Inputs(job, arch, reader, load(job.data.paths), validation, pad_id)
 
 
 def _train_and_write(
@@ -131,14 +147,28 @@ def _train_and_write(
     console: Console,
     on_end: Sequence[Callable[[Trained], None]],
 ) -> None:
+    bridge = _load_model(inputs, groups)
+    loop = _assemble(inputs, bridge, console)
+    records = train(loop, _batches(inputs, groups))
+    for callback in on_end:
+        callback(Trained(bridge.chunks, groups, records))
+    loop.step.experts.check()
+    drift = loop.step.experts.drift()
+    if groups.rank == 0 and inputs.job.experts.bias != "freeze":
+        layer = max(drift, key=drift.__getitem__)
+        console.print(f"expert bias moved by at most {drift[layer]:.2e} (layer {layer})")
+    _write(bridge, inputs, console)
+
+
+def _load_model(inputs: Inputs, groups: Groups) -> Bridge:
     job = inputs.job
     config = mcore_config(
         inputs.arch,
         job.parallel,
         dtype=DTYPES[job.precision.compute],
         device=groups.device,
-        sequence_balance_coefficient=job.experts.aux_loss_coefficient,
-        bias_update_rate=job.experts.bias_update_rate,
+        experts=job.experts,
+        memory=job.memory,
     )
     chunks = build_chunks(
         inputs.arch,
@@ -148,34 +178,58 @@ def _train_and_write(
         max_seq_length=job.data.seq_length,
         transformer_engine=groups.device.type == "cuda",
     )
-    bridge = Bridge(chunks, inputs.arch, job.parallel, groups)
+    bridge = Bridge(chunks, inputs.arch, job.parallel, groups, inputs.checkpoint)
     bridge.load(inputs.reader)
+    if job.mtp.mode == "freeze":
+        freeze_mtp(chunks)
+    return bridge
+
+
+def _assemble(inputs: Inputs, bridge: Bridge, console: Console) -> Run:
+    job, groups = inputs.job, bridge.groups
+    config = bridge.chunks[0].config
     wrapped = wrap(
-        chunks,
+        bridge.chunks,
         config,
-        overlap_grad_reduce=job.optimizer.overlap_grad_reduce,
-        overlap_param_gather=job.optimizer.overlap_param_gather,
+        optimizer=job.optimizer,
+        num_optimizer_instances=job.parallel.num_optimizer_instances,
     )
     optimizer = build_optimizer(job.optimizer, wrapped, dtype=config.params_dtype)
-    loop = Run(
-        step=TrainStep(wrapped, optimizer, groups, mtp_loss_weight=job.mtp.loss_weight),
-        schedule=build_schedule(
-            job.schedule,
-            optimizer,
-            max_lr=job.optimizer.lr,
-            weight_decay=job.optimizer.weight_decay,
-            num_steps=inputs.num_steps,
-        ),
+    schedule = build_schedule(
+        job.schedule,
+        optimizer,
+        max_lr=job.optimizer.lr,
+        weight_decay=job.optimizer.weight_decay,
+        num_steps=inputs.num_steps,
+    )
+    step = TrainStep(
+        wrapped,
+        optimizer,
+        groups,
+        mtp_loss_weight=job.mtp.loss_weight,
+        experts=job.experts,
+        spikes=job.spikes,
+    )
+    return Run(
+        step=step,
+        schedule=schedule,
         optimizer=optimizer,
         groups=groups,
         num_steps=inputs.num_steps,
         flops_per_token=flops_per_token(inputs.arch, job.data.seq_length),
+        max_lr=job.optimizer.lr,
+        peak_tflops=_peak_tflops(groups.device),
+        validate=_validation(inputs, step, groups),
+        validate_every_steps=job.validation.every_steps,
+        expert_load_every_steps=job.log.expert_load_every_steps,
         sinks=_sinks(inputs, groups, console),
     )
-    records = train(loop, _batches(inputs, groups))
-    for callback in on_end:
-        callback(Trained(chunks, groups, records))
-    _write(bridge, inputs, groups, console)
+
+
+def _peak_tflops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    return peak_bf16_tflops(torch.cuda.get_device_name(device))
 
 
 def _batches(inputs: Inputs, groups: Groups) -> Iterator[StepBatch]:
@@ -188,16 +242,32 @@ def _batches(inputs: Inputs, groups: Groups) -> Iterator[StepBatch]:
         num_epochs=job.train.num_epochs,
     )
     for _, batch in zip(range(inputs.num_steps), steps, strict=False):
-        mine = rank_micro_batches(
-            batch.samples,
-            micro_batch_size=job.train.micro_batch_size,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-        )
         yield StepBatch(
-            micro_batches=[_to_batch(micro, inputs) for micro in mine],
+            micro_batches=_micro_batches(batch.samples, inputs, groups),
             epoch=batch.after.epoch + batch.after.sample / len(samples),
         )
+
+
+def _validation(inputs: Inputs, step: TrainStep, groups: Groups) -> Callable[[], Losses] | None:
+    """The validation set as one global batch, made once."""
+    if inputs.validation is None:
+        return None
+    samples = inputs.validation.samples
+    size = inputs.job.train.micro_batch_size * groups.dp_size
+    [whole] = global_batches(
+        samples, global_batch_size=math.ceil(len(samples) / size) * size, seed=0, num_epochs=1
+    )
+    return partial(step.evaluate, _micro_batches(whole.samples, inputs, groups))
+
+
+def _micro_batches(samples: Sequence[Sample], inputs: Inputs, groups: Groups) -> list[Batch]:
+    mine = rank_micro_batches(
+        samples,
+        micro_batch_size=inputs.job.train.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+    )
+    return [_to_batch(micro, inputs) for micro in mine]
 
 
 def _to_batch(samples: Sequence[Sample], inputs: Inputs) -> Batch:
@@ -223,6 +293,7 @@ def _sinks(inputs: Inputs, groups: Groups, console: Console) -> list[Sink]:
         f"{report.truncated} truncated; {inputs.num_steps} steps on {groups.world_size} processes",
         highlight=False,
     )
+    console.print(stage_table(inputs))
     bar = ProgressSink(console, inputs.num_steps)
 
     def write(line: str) -> None:
@@ -232,11 +303,30 @@ def _sinks(inputs: Inputs, groups: Groups, console: Console) -> list[Sink]:
     return [FileSink(job.log_dir), lines, bar]
 
 
-def _write(bridge: Bridge, inputs: Inputs, groups: Groups, console: Console) -> None:
+def stage_table(inputs: Inputs) -> Table:
+    """Which layers are where, and each chunk's share of the work relative to an even one."""
+    job = inputs.job
+    stages = place(inputs.arch, job.parallel)
+    costs = stage_costs(inputs.arch, stages, job.data.seq_length)
+    table = Table("stage", "chunk", "embedding", "layers", "MTP", "loss", "work", title="Placement")
+    for stage, cost in zip(stages, costs, strict=True):
+        layers = f"{stage.layers[0]}-{stage.layers[-1]}" if stage.layers else "-"
+        marks = [
+            "yes" if mark else "-"
+            for mark in (stage.has_embedding, stage.mtp_layers, stage.has_loss)
+        ]
+        table.add_row(
+            *(str(stage.pp_rank), str(stage.vpp_rank), marks[0], layers, marks[1], marks[2]),
+            f"{cost * len(stages):.2f}",
+        )
+    return table
+
+
+def _write(bridge: Bridge, inputs: Inputs, console: Console) -> None:
     """Every rank takes part in the export; rank 0 writes."""
     output, source = inputs.job.output, inputs.job.model.hf_dir
-    stream = bridge.export(dtype=DTYPES[output.dtype])
-    if groups.rank != 0:
+    stream = bridge.export(dtype=DTYPES[output.dtype], untouched=inputs.reader)
+    if bridge.groups.rank != 0:
         for _ in stream:
             pass
         return
@@ -244,7 +334,7 @@ def _write(bridge: Bridge, inputs: Inputs, groups: Groups, console: Console) -> 
         stream,
         output.dir,
         shard_bytes=int(output.shard_size_gb * 1e9),
-        config=inputs.arch.to_hf(dtype={"bf16": "bfloat16", "fp32": "float32"}[output.dtype]),
+        config=inputs.checkpoint.to_hf(dtype=HF_DTYPES[output.dtype]),
         template=source,
     )
     console.print(f"wrote {output.dir}", highlight=False)

@@ -1,184 +1,32 @@
 """What a user writes to start a training: sections of settings, from YAML and `a.b=c` overrides."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.placement import place
 from megatron_dsv3.config.section import Section, problem_lines
+from megatron_dsv3.config.sections import (
+    DataSection,
+    ExpertsSection,
+    LogSection,
+    MemorySection,
+    ModelSection,
+    MtpSection,
+    OptimizerSection,
+    OutputSection,
+    PrecisionSection,
+    ScheduleSection,
+    SpikesSection,
+    TrainSection,
+    ValidationSection,
+)
 from megatron_dsv3.config.yaml_file import dump_yaml, read_yaml, with_overrides
-
-
-def _expand_home(path: Path) -> Path:
-    return Path(os.path.expanduser(path))
-
-
-def _not_empty(paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    if not paths:
-        raise ValueError("holds nothing; give at least one file")
-    return paths
-
-
-# Not strict: a path is text in YAML, and a tuple a list.
-UserPath = Annotated[Path, Field(strict=False), AfterValidator(_expand_home)]
-UserPaths = Annotated[tuple[UserPath, ...], Field(strict=False), AfterValidator(_not_empty)]
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-"""Share that a running mean keeps at each step."""
-
-
-class ModelSection(Section):
-    """The model to start from."""
-
-    hf_dir: UserPath
-    """Hugging Face directory: config.json, safetensors (BF16, or DeepSeek's FP8), tokenizer."""
-
-
-class DataSection(Section):
-    """What to learn from."""
-
-    paths: UserPaths
-    """Chat files, JSON or JSONL, with `messages` in each row."""
-    template: Literal["deepseek_v3", "deepseek_r1", "deepseek_v3_1"] = "deepseek_v3"
-    """How messages become tokens; take the one that the model was trained with."""
-    seq_length: Count = 32768
-    """Tokens of a row. Memory for activations grows with it."""
-    too_long: Literal["drop", "truncate", "error"] = "drop"
-    """What becomes of a conversation of more than `seq_length` tokens; both of the first two are
-    counted and reported."""
-    history_reasoning: Literal["strip", "keep"] = "strip"
-    """Whether reasoning of earlier turns stays in the context; inference strips it."""
-
-
-class OptimizerSection(Section):
-    """AdamW, its states spread over the data-parallel ranks."""
-
-    lr: Annotated[float, Field(gt=0)] = 2e-7
-    """Learning rate after warm-up, the largest of the run."""
-    beta1: Decay = 0.9
-    """Decay of the running mean of gradients, per step."""
-    beta2: Decay = 0.999
-    """Decay of the running mean of squared gradients, per step."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the mean squared gradient."""
-    weight_decay: NotNegative = 0.0
-    """Share of a weight that a step takes away, times the learning rate."""
-    clip_grad: NotNegative = 1.0
-    """Largest norm of the whole gradient, which is scaled down to it; 0: no limit."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients among data-parallel ranks while backward still runs. Changes no numbers."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while forward already runs. Changes no numbers; needs
-    overlap_grad_reduce."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ValueError("overlap_param_gather needs overlap_grad_reduce; set both to true")
-        return self
-
-
-class ScheduleSection(Section):
-    """Learning rate over the run: linear warm-up, then decay to `min_lr` at the last step."""
-
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warm-up; constant stays at the optimizer's lr."""
-    warmup_fraction: Fraction | None = 0.03
-    """Share of all steps spent on warm-up; null where warmup_steps is given."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Optimizer steps of warm-up, instead of warmup_fraction."""
-    min_lr: NotNegative = 0.0
-    """Learning rate at the last step."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_replace_fraction(cls, values: Any) -> Any:
-        # Only a fraction that the user wrote can contradict the steps.
-        if isinstance(values, dict) and values.get("warmup_steps") is not None:
-            return {"warmup_fraction": None, **values}
-        return values
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.warmup_fraction is None) == (self.warmup_steps is None):
-            raise ValueError(
-                f"give one of warmup_fraction and warmup_steps, got {self.warmup_fraction} and "
-                f"{self.warmup_steps}"
-            )
-        return self
-
-
-class TrainSection(Section):
-    """How much, how long, on what."""
-
-    global_batch_size: Count
-    """Samples per optimizer step, over all processes."""
-    micro_batch_size: Count = 1
-    """Samples per forward and backward of one data-parallel rank. More fill the GPU better and
-    take memory for activations in proportion."""
-    num_epochs: Count = 1
-    """Passes over the data; training ends after them."""
-    num_steps: Count | None = None
-    """Optimizer steps after which training ends, where the epochs are not over before; null: no
-    limit."""
-    seed: Annotated[int, Field(ge=0)] = 1234
-    """For the order of samples, and for whatever else is random."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: on GPUs where there are any."""
-
-
-class PrecisionSection(Section):
-    """Number formats."""
-
-    compute: Literal["bf16", "fp32"] = "bf16"
-    """Weights and activations. The optimizer keeps fp32 copies of bf16 weights; router, expert
-    bias and loss are fp32 either way."""
-
-
-class MtpSection(Section):
-    """Multi-token prediction."""
-
-    loss_weight: NotNegative = 0.1
-    """Weight of the MTP layers' loss, averaged over them, beside the main loss (paper section
-    2.2)."""
-
-
-class ExpertsSection(Section):
-    """Balance of the routed experts."""
-
-    aux_loss_coefficient: NotNegative = 1e-4
-    """Weight of the sequence-wise balance loss (alpha of paper eq. 17). Not read from config.json;
-    the default is what DeepSeek-V3 was trained with, 0 switches it off."""
-    bias_update_rate: NotNegative = 0.0
-    """Change of each expert's bias per step towards balance (gamma of paper section 2.1.2); 0
-    leaves the biases as loaded."""
-
-
-class OutputSection(Section):
-    """The Hugging Face directory written at the end."""
-
-    dir: UserPath
-    """Where to; must not hold anything yet."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the weights; the expert bias is fp32 in either."""
-    shard_size_gb: Annotated[float, Field(gt=0)] = 5.0
-    """Largest size of a safetensors file, in GB of 10^9 bytes; a larger tensor has its own."""
-
-
-class LogSection(Section):
-    """What is seen of a run."""
-
-    dir: UserPath | None = None
-    """Where TensorBoard's files go; null: beside the output, as <output.dir>-log."""
-    every_steps: Count = 1
-    """Optimizer steps between two lines; each costs a wait for the GPU."""
 
 
 class Job(Section):
@@ -190,7 +38,10 @@ class Job(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
+    validation: ValidationSection = ValidationSection()
+    spikes: SpikesSection = SpikesSection()
     precision: PrecisionSection = PrecisionSection()
+    memory: MemorySection = MemorySection()
     mtp: MtpSection = MtpSection()
     experts: ExpertsSection = ExpertsSection()
     output: OutputSection
@@ -252,7 +103,7 @@ class Job(Section):
 
     def problems(self, arch: Architecture, world_size: int) -> list[str]:
         """Why this job cannot train this model on this many processes; empty where it can."""
-        problems = self.parallel.problems(arch, world_size)
+        problems = self.parallel.problems(arch, world_size) + self._placement_problems(arch)
         if self.data.seq_length > arch.max_position_embeddings:
             problems.append(
                 f"data.seq_length {self.data.seq_length} exceeds the model's "
@@ -260,6 +111,43 @@ class Job(Section):
             )
         # A world that does not divide has no micro-batches either, for the same reason.
         return list(dict.fromkeys(problems + self._batch_problems(world_size)))
+
+    def backend_problems(self, device: Literal["cpu", "cuda"]) -> list[str]:
+        """What this kind of device cannot do, and the nearest that it can."""
+        if device == "cuda":
+            return []
+        optimizer, memory, parallel = self.optimizer, self.memory, self.parallel
+        rules = {
+            "optimizer.moments=bf16 needs Transformer Engine on a GPU; use fp32": (
+                optimizer.moments == "bf16"
+            ),
+            "optimizer.offload_fraction needs a GPU to offload from; use 0": (
+                optimizer.offload_fraction > 0
+            ),
+            "memory.offload_activations needs a GPU to offload from; use []": bool(
+                memory.offload_activations
+            ),
+            f"parallel.etp_size({parallel.etp_size}) with experts.dispatcher=alltoall gathers "
+            "uneven parts, which gloo refuses; use experts.dispatcher=allgather or etp_size 1": (
+                parallel.etp_size > 1 and self.experts.dispatcher == "alltoall"
+            ),
+        }
+        return [message for message, broken in rules.items() if broken]
+
+    def _placement_problems(self, arch: Architecture) -> list[str]:
+        if self.parallel.depth_problems(arch):
+            return []
+        try:
+            stages = place(arch, self.parallel)
+        except ValueError as error:
+            return [str(error)]
+        apart = any(stage.mtp_layers and not stage.has_loss for stage in stages)
+        if apart and arch.tie_embeddings:
+            return [
+                "parallel.stages puts MTP on another chunk than the loss, but with tied embeddings "
+                "both hold the embedding; put them together"
+            ]
+        return []
 
     def _batch_problems(self, world_size: int) -> list[str]:
         try:

@@ -1,7 +1,7 @@
 """Which layers live on which pipeline stage, as rows of data: derived by cost, or from a string.
 
 A string lists the chunks in the order in which a token passes them, parted by `|`: `E` the
-embedding, `t` a decoder layer, `m` an MTP layer, `L` final norm, head and loss, `-` a chunk that is
+embedding, `t` a decoder layer, `m` an MTP layer, `L` head and loss, `-` a chunk that is
 meant to be empty. `*n` repeats a letter or a group in parentheses: `Et*4|(t*4|)*14t|mL`. Chunk c is
 chunk `c // pp_size` of pipeline stage `c % pp_size`.
 """
@@ -32,8 +32,11 @@ class Stage:
     mtp_layers: tuple[int, ...]
     """MTP layers, counted from 0; MTP layer 0 is `model.layers.{num_layers}` in Hugging Face's
     names."""
+    has_final_norm: bool
+    """Whether the norm after the last decoder layer is here: Megatron-Core keeps it with that layer
+    where there is MTP, which reads what it gives, and else with the loss."""
     has_loss: bool
-    """Whether the final norm, the head and the loss are here."""
+    """Whether the head and the loss are here."""
 
     @property
     def letters(self) -> str:
@@ -59,7 +62,12 @@ def place(arch: Architecture, parallel: Parallel) -> tuple[Stage, ...]:
         if parallel.stages is None
         else _read(parallel.stages, arch, parallel)
     )
-    return tuple(_number(chunks, parallel.pp_size))
+    return tuple(_number(chunks, arch, parallel.pp_size))
+
+
+def mtp_stage(stages: Sequence[Stage]) -> int | None:
+    """Pipeline rank that holds the MTP layers; None: there are none."""
+    return next((stage.pp_rank for stage in stages if stage.mtp_layers), None)
 
 
 def mcore_layout(stages: Sequence[Stage]) -> list[list[str]]:
@@ -179,21 +187,26 @@ def _string_problems(chunks: Sequence[str], arch: Architecture, parallel: Parall
     empty = [number for number, chunk in enumerate(chunks, start=1) if not chunk]
     if empty:
         problems.append(f"chunk {empty[0]} is empty; write - for one that is meant to be")
-    if len([chunk for chunk in chunks if "m" in chunk]) > 1:
+    with_mtp = [index for index, chunk in enumerate(chunks) if "m" in chunk]
+    if len(with_mtp) > 1:
         problems.append("all MTP layers must be in one chunk")
+    elif with_mtp and with_mtp[0] > 0 and with_mtp[0] % parallel.pp_size == 0:
+        problems.append("MTP cannot be in a later chunk of the first stage; move it on by one")
     return problems
 
 
-def _number(chunks: Sequence[str], pp_size: int) -> Iterator[Stage]:
+def _number(chunks: Sequence[str], arch: Architecture, pp_size: int) -> Iterator[Stage]:
     layer = 0
     for index, chunk in enumerate(chunks):
         count = chunk.count("t")
+        is_last = layer < arch.num_layers <= layer + count
         yield Stage(
             pp_rank=index % pp_size,
             vpp_rank=index // pp_size,
             has_embedding="E" in chunk,
             layers=tuple(range(layer, layer + count)),
             mtp_layers=tuple(range(chunk.count("m"))),
+            has_final_norm=is_last if arch.num_mtp_layers else "L" in chunk,
             has_loss="L" in chunk,
         )
         layer += count

@@ -14,7 +14,7 @@ _FIRST_CHARACTERS = list("-+.0123456789")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number and refuses a key given twice."""
+    """SafeLoader that reads 1e-5 as a number and `off` as text, and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -33,6 +33,11 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes the text 1e-5, so that it is read back as text."""
 
 
+# YAML 1.1 also takes yes, no, on and off for true and false; here `mode: off` is a word.
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if first in "tTfF" or pair[0] != "tag:yaml.org,2002:bool"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(_FLOAT_TAG, _EXPONENT, _FIRST_CHARACTERS)
 _Dumper.add_implicit_resolver(_FLOAT_TAG, _EXPONENT, _FIRST_CHARACTERS)
 

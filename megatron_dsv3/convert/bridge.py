@@ -26,6 +26,7 @@ from megatron_dsv3.convert.mapping import (
     mcore_copies,
 )
 from megatron_dsv3.convert.tensors import from_shards, hf_slices, pieces_of, shard_shape
+from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.model.groups import Groups, raise_together
 
 
@@ -33,11 +34,13 @@ from megatron_dsv3.model.groups import Groups, raise_together
 class Bridge:
     """A model's chunks on this rank, and what places their parameters in the whole model."""
 
-    chunks: Sequence[nn.Module]
+    chunks: Sequence[DeepseekV3Model]
     """Unwrapped, one per virtual stage."""
     arch: Architecture
     parallel: Parallel
     groups: Groups
+    checkpoint: Architecture | None = None
+    """Of the files, where they hold MTP layers that the model leaves out; None: the model's."""
 
     def load(self, reader: HFReader) -> None:
         """Fills the chunks, reading just this rank's slices.
@@ -47,25 +50,37 @@ class Bridge:
         """
         problem = ""
         try:
-            reader.check_against(self.arch)
+            reader.check_against(self.checkpoint or self.arch)
             for param, tensor in self.local_tensors():
                 self._fill(param, tensor, reader)
         except (ValueError, OSError) as error:
             problem = str(error)
         raise_together(problem)
 
-    def export(self, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def export(
+        self, *, dtype: torch.dtype, untouched: HFReader | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The whole model as (HF name, CPU tensor), on rank 0 only, one parameter in flight.
 
         Collective: every rank must exhaust it. MTP's copies of embedding and head are written, and
         `expert_bias` stays fp32.
+
+        Args:
+            dtype: Of the weights.
+            untouched: Where MTP layers that the model leaves out come from.
         """
         held = {param.mcore: tensor for param, tensor in self.local_tensors()}
         senders = self._senders()
-        copies = exported_copies(self.arch)
+        whole_arch = self.checkpoint or self.arch
+        copies = exported_copies(whole_arch)
         originals: dict[str, Tensor] = {}
-        for param in expand(self.arch):
+        for param in expand(whole_arch):
             kept = torch.float32 if param.is_buffer else dtype
+            if param.mtp_depth is not None and param.mtp_depth >= self.arch.num_mtp_layers:
+                assert untouched is not None
+                if self.groups.rank == 0:
+                    yield from ((name, untouched.read(name).to(kept)) for name in param.hf)
+                continue
             sources = [
                 senders[self._address(param, part)] for part in range(self._shard_size(param))
             ]
@@ -195,7 +210,12 @@ def _on_stage(param: Param, stage: Stage) -> bool:
         return param.layer in stage.layers
     if param.mtp_depth is not None:
         return param.mtp_depth in stage.mtp_layers
-    return stage.has_embedding if param.mcore.startswith("embedding.") else stage.has_loss
+    ends = {
+        "embedding": stage.has_embedding,
+        "decoder": stage.has_final_norm,
+        "output_layer": stage.has_loss,
+    }
+    return ends[param.mcore.partition(".")[0]]
 
 
 def _weights(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:

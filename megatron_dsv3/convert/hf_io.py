@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     *("*.model", "chat_template*", "generation_config.json", "*.py"),
 )
 """What belongs to a model besides weights and config.json; `*.py` is remote code."""
+_MARKER = ".incomplete"
+"""Tells a directory that a killed process left from one that somebody else needs."""
 
 
 class HFReader:
@@ -224,21 +226,32 @@ def _tokenizer_files(source: Path) -> list[Path]:
     return sorted(files)
 
 
+def check_target(directory: Path) -> None:
+    """Raises ValueError if a checkpoint cannot be written there; ask before hours of work, too."""
+    target, staging = _places(directory)
+    if target.is_mount():
+        raise ValueError(f"{target}: is a mount point and cannot be replaced; use a folder in it")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: exists and is not an empty directory; choose another one")
+    if staging.exists() and not (staging / _MARKER).exists():
+        raise ValueError(f"{staging}: is needed as a temporary name; move it away")
+
+
+def _places(directory: Path) -> tuple[Path, Path]:
+    """Where a checkpoint goes, links followed, and where it grows until it is complete."""
+    target = Path(os.path.realpath(directory))
+    return target, target.with_name(target.name + ".tmp")
+
+
 @contextmanager
 def staging_directory(directory: Path) -> Iterator[Path]:
     """Gives `<directory>.tmp` to fill: it becomes `directory` on success and vanishes on failure.
 
     A process that is killed leaves it behind; the next one replaces it.
     """
-    target = Path(os.path.realpath(directory))
-    staging = target.with_name(target.name + ".tmp")
-    marker = staging / ".incomplete"
-    if target.is_mount():
-        raise ValueError(f"{target}: is a mount point and cannot be replaced; use a folder in it")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: exists and is not an empty directory; choose another one")
-    if staging.exists() and not marker.exists():
-        raise ValueError(f"{staging}: is needed as a temporary name; move it away")
+    check_target(directory)
+    target, staging = _places(directory)
+    marker = staging / _MARKER
     shutil.rmtree(staging, ignore_errors=True)
     with explained(staging):
         staging.mkdir(parents=True)

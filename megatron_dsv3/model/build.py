@@ -14,6 +14,7 @@ from torch import nn
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import Stage, place
+from megatron_dsv3.config.sections import OptimizerSection
 from megatron_dsv3.model.config import DeepseekV3Config
 from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.model.groups import Groups
@@ -65,29 +66,34 @@ def build_chunks(
             )
         for parameter in chunk.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        freeze = config.moe_router_bias_update_rate == 0
-        for router in routers([chunk]):
-            router.frozen_expert_bias = freeze
         chunks.append(chunk if meta else chunk.to(groups.device))
     return chunks
+
+
+def freeze_mtp(chunks: Sequence[DeepseekV3Model]) -> None:
+    """Keeps the MTP layers' weights as they are; call before `wrap`."""
+    for chunk in chunks:
+        if chunk.mtp_process:
+            chunk.mtp.requires_grad_(False)
 
 
 def wrap(
     chunks: Sequence[DeepseekV3Model],
     config: DeepseekV3Config,
     *,
-    overlap_grad_reduce: bool = False,
-    overlap_param_gather: bool = False,
+    optimizer: OptimizerSection = OptimizerSection(),
+    num_optimizer_instances: int = 1,
 ) -> list[DistributedDataParallel]:
-    """Mixed precision, then data parallelism with gradients reduced in fp32.
+    """Mixed precision, then data parallelism with the distributed optimizer's gradient buffers.
 
     Sets the hooks by which Megatron-Core's schedules reduce gradients.
     """
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlap_grad_reduce,
-        overlap_param_gather=overlap_param_gather,
+        num_distributed_optimizer_instances=num_optimizer_instances,
+        grad_reduce_in_fp32=optimizer.gradients == "fp32",
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
         check_for_nan_in_grad=False,  # the step checks loss and gradient norm itself, and names ids
     )
     inner = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
@@ -98,9 +104,9 @@ def wrap(
     ]
     config.finalize_model_grads_func = mcore_finalize
     config.no_sync_func = _one_or_all([model.no_sync for model in wrapped])
-    if overlap_grad_reduce:
+    if optimizer.overlap_grad_reduce:
         config.grad_sync_func = _one_or_all([model.start_grad_sync for model in wrapped])
-    if overlap_param_gather:
+    if optimizer.overlap_param_gather:
         config.param_sync_func = _one_or_all([model.start_param_sync for model in wrapped])
     return wrapped
 

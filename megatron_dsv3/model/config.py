@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_dsv3.config.architecture import Architecture, Yarn
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import mcore_layout, place
+from megatron_dsv3.config.sections import ExpertsSection, MemorySection
 
 
 @dataclass
@@ -34,8 +35,8 @@ def mcore_config(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    sequence_balance_coefficient: float = 0.0,
-    bias_update_rate: float = 0.0,
+    experts: ExpertsSection = ExpertsSection(),
+    memory: MemorySection = MemorySection(),
     options: Mapping[str, Any] | None = None,
 ) -> DeepseekV3Config:
     """The configuration of every rank of this layout.
@@ -45,9 +46,9 @@ def mcore_config(
         parallel: The layout.
         dtype: Of parameters and activations: float32 or bfloat16.
         device: Where the model will be; a GPU's fused kernels are taken there.
-        sequence_balance_coefficient: See `DeepseekV3Config`.
-        bias_update_rate: Change of an expert's bias per step (paper section 2.1.2); 0 freezes it.
-        options: Fields of Megatron-Core's configuration that change no numbers (recompute).
+        experts: Losses of the routers, and how tokens are sent.
+        memory: What is recomputed or offloaded.
+        options: More fields of Megatron-Core's configuration, where they change no numbers.
     """
     values = {
         **_sizes(arch),
@@ -56,8 +57,10 @@ def mcore_config(
         **_layout(arch, parallel),
         **_numerics(dtype),
         **(_gpu(dtype) if device.type == "cuda" else {"use_cpu_initialization": True}),
-        "sequence_balance_coefficient": sequence_balance_coefficient,
-        "moe_router_bias_update_rate": bias_update_rate,
+        **_memory(memory),
+        "sequence_balance_coefficient": experts.aux_loss_coefficient,
+        "moe_z_loss_coeff": experts.z_loss_coefficient or None,
+        "moe_token_dispatcher_type": experts.dispatcher,
         **(options or {}),
     }
     return DeepseekV3Config(**values)
@@ -119,9 +122,30 @@ def _experts(arch: Architecture) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         # The router brings its own balance loss, which knows documents and padding.
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
     }
+
+
+def _memory(memory: MemorySection) -> dict[str, Any]:
+    recompute: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(memory.recompute_modules),
+        },
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }
+    offload: dict[str, Any] = {}
+    if memory.offload_activations:
+        offload = {
+            "fine_grained_activation_offloading": True,
+            "offload_modules": list(memory.offload_activations),
+        }
+    return recompute[memory.recompute] | offload
 
 
 def _layout(arch: Architecture, parallel: Parallel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,8 +72,16 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def start(parallel: Parallel, device: torch.device, *, seed: int = 1234) -> Groups:
+def start(
+    parallel: Parallel, device: torch.device, *, seed: int = 1234, mtp_stage: int | None = None
+) -> Groups:
     """Joins the job's processes (torchrun's environment, or this one alone) and seeds them.
+
+    Args:
+        parallel: The layout.
+        device: Where this process computes.
+        seed: Of everything random.
+        mtp_stage: Pipeline rank that holds the MTP layers; None: the last one.
 
     Raises:
         ValueError: The world size does not fit the layout; all factors are shown.
@@ -93,7 +102,9 @@ def start(parallel: Parallel, device: torch.device, *, seed: int = 1234) -> Grou
         context_parallel_size=parallel.cp_size,
         expert_model_parallel_size=parallel.ep_size,
         expert_tensor_parallel_size=parallel.etp_size,
+        num_distributed_optimizer_instances=parallel.num_optimizer_instances,
         create_gloo_process_groups=dist.get_backend() != "fake",
+        **_embedding_ranks(parallel, mtp_stage),
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -118,6 +129,13 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _embedding_ranks(parallel: Parallel, mtp_stage: int | None) -> dict[str, Any]:
+    """MTP embeds too, but by default the embedding's gradient is summed over the ends only."""
+    if mtp_stage is None or mtp_stage == parallel.pp_size - 1:
+        return {}
+    return {"get_embedding_ranks": lambda ranks, *_: sorted({ranks[0], ranks[mtp_stage]})}
 
 
 def _join(device: torch.device) -> None:

@@ -59,12 +59,14 @@ class DeepseekV3Layer(TransformerLayer):
 class DeepseekV3Router(TopKRouter):
     """TopKRouter with DeepSeek-V3's choice of experts, statistics per document, and fp32 state.
 
-    `balance_weight` is the same for the whole step: counted tokens over documents of the global
-    batch. All gradients are divided by the former at the end, so the balance loss becomes its mean
-    over documents.
+    All gradients are divided by the counted tokens of the global batch at the end. The two weights,
+    the same for a whole step, turn that into a mean over documents and over real tokens.
     """
 
-    balance_weight: Tensor | float = 1.0
+    balance_weight: float = 1.0
+    """Counted tokens over documents of the global batch."""
+    token_weight: float = 1.0
+    """Counted tokens over real tokens of the global batch."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Chooses experts.
@@ -90,6 +92,8 @@ class DeepseekV3Router(TopKRouter):
             self._count(routing_map, members)
             if self.training and self.config.sequence_balance_coefficient:
                 probs = self._with_balance_loss(probs, scores, members)
+            if self.training and self.config.moe_z_loss_coeff:
+                probs = self._with_z_loss(probs, logits.flatten(0, 1), members)
         return probs, routing_map
 
     def _choose(self, scores: Tensor) -> Tensor:
@@ -125,6 +129,13 @@ class DeepseekV3Router(TopKRouter):
         per_document = (score_sums * hits_per_document).sum(1) / lengths.square()
         scale = self.config.sequence_balance_coefficient * self.num_experts / self.topk
         return MoEAuxLossAutoScaler.apply(probs, scale * per_document.sum() * self.balance_weight)
+
+    def _with_z_loss(self, probs: Tensor, logits: Tensor, members: Tensor) -> Tensor:
+        """Attaches coefficient * mean over real tokens of logsumexp(logits)^2."""
+        real = members.any(-1)
+        squares = logits.float().logsumexp(-1).square() * real
+        loss = self.config.moe_z_loss_coeff * squares.sum() * self.token_weight
+        return MoEAuxLossAutoScaler.apply(probs, loss)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DeepseekV3Router":
         """Keeps bias and counters in fp32 through `.bfloat16()` and every other cast.

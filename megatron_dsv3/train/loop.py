@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import (
 from megatron_dsv3.data.batch import Batch
 from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train.metrics import Sink, StepRecord
-from megatron_dsv3.train.step import StepResult, TrainStep
+from megatron_dsv3.train.step import Losses, StepResult, TrainStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,12 @@ class Run:
     num_steps: int
     flops_per_token: float
     """Model FLOPs of one real token, forward and backward."""
+    max_lr: float
+    peak_tflops: float | None = None
+    """Of one device, for MFU."""
+    validate: Callable[[], Losses] | None = None
+    validate_every_steps: int = 100
+    expert_load_every_steps: int = 50
     sinks: Sequence[Sink] = ()
     """On rank 0."""
     on_step: Sequence[Callable[[StepRecord], None]] = ()
@@ -53,20 +59,22 @@ def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
     try:
         for number, batch in enumerate(batches, start=1):
             began = time.perf_counter()
-            lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
+            lr = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
             try:
-                result = run.step(batch.micro_batches)
+                result = run.step(batch.micro_batches, lr_fraction=lr / run.max_lr)
             except ValueError as error:
                 raise type(error)(f"step {number}: {error}") from None
             run.schedule.step(1)
             # The step ended with a read of the loss on the host, so this measures finished work.
             seconds = time.perf_counter() - began
-            record = _record(run, number, batch, result, lr or 0.0, seconds)
+            record = _record(run, number, batch, result, lr, seconds)
             records.append(record)
             for sink in run.sinks:
                 sink.log(record)
+            _log_expert_load(run, number)
             for callback in run.on_step:
                 callback(record)
+        run.step.settle()
     finally:
         for sink in run.sinks:
             sink.close()
@@ -76,22 +84,45 @@ def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
 def _record(
     run: Run, number: int, batch: StepBatch, result: StepResult, lr: float, seconds: float
 ) -> StepRecord:
-    flops = run.flops_per_token * result.counts.tokens
+    tflops = run.flops_per_token * result.counts.tokens / seconds / run.groups.world_size / 1e12
     return StepRecord(
         step=number,
         num_steps=run.num_steps,
         epoch=batch.epoch,
-        loss=result.loss,
-        mtp_loss=result.mtp_loss,
+        loss=result.losses.main,
+        mtp_loss=result.losses.mtp,
         lr=lr,
         grad_norm=result.grad_norm,
         seconds=seconds,
         tokens=result.counts.tokens,
         counted_tokens=int(result.counts.counted[0]),
-        tflops_per_device=flops / seconds / run.groups.world_size / 1e12,
+        num_devices=run.groups.world_size,
+        tflops_per_device=tflops,
+        mfu=None if run.peak_tflops is None else tflops / run.peak_tflops,
         peak_memory_gib=_peak_memory_gib(run.groups.device),
         expert_balance=result.expert_balance,
+        validation_loss=_validation_loss(run, number),
+        skipped=result.skipped,
+        num_skipped=run.step.guard.num_skipped,
     )
+
+
+def _is_due(number: int, every_steps: int, num_steps: int) -> bool:
+    return number % every_steps == 0 or number == num_steps
+
+
+def _validation_loss(run: Run, number: int) -> float | None:
+    """Collective, like all that follows a step; its time does not count as the step's."""
+    if run.validate is None or not _is_due(number, run.validate_every_steps, run.num_steps):
+        return None
+    return run.validate().main
+
+
+def _log_expert_load(run: Run, number: int) -> None:
+    if _is_due(number, run.expert_load_every_steps, run.num_steps):
+        loads = run.step.experts.loads()
+        for sink in run.sinks:
+            sink.log_expert_load(number, loads)
 
 
 def _peak_memory_gib(device: torch.device) -> float | None:

@@ -10,12 +10,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dsv3.config.job import OptimizerSection, ScheduleSection
-from megatron_dsv3.model.groups import SharedError
-
-
-class NonFiniteError(SharedError):
-    """Loss or gradient is NaN or infinite; nothing was updated."""
+from megatron_dsv3.config.sections import OptimizerSection, ScheduleSection
+from megatron_dsv3.train.spikes import NonFiniteError
 
 
 def build_optimizer(
@@ -35,8 +31,27 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_param_gather=section.overlap_param_gather,
+        **_states(section),
     )
     return get_megatron_optimizer(config, list(chunks))
+
+
+def _states(section: OptimizerSection) -> dict[str, Any]:
+    """Where masters and moments live, and in which format."""
+    options: dict[str, Any] = {}
+    if section.moments == "bf16":
+        options |= {
+            "use_precision_aware_optimizer": True,
+            "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16,
+        }
+    if section.offload_fraction > 0:
+        options |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": section.offload_fraction,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+        }
+    return options
 
 
 def build_schedule(

@@ -10,10 +10,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megatron_dsv3.train.metrics import StepRecord
+from megatron_dsv3.train.metrics import Sink, StepRecord
 
 
-class ProgressSink:
+class ProgressSink(Sink):
     """Steps done and time left; on anything but a terminal it shows nothing."""
 
     def __init__(self, console: Console, num_steps: int) -> None:

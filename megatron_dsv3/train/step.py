@@ -5,6 +5,7 @@ micro-batches nor the layout changes it. Per-token losses of every depth come fr
 and masks come from the data, made before any slicing.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,15 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_dsv3.config.sections import ExpertsSection, SpikesSection
 from megatron_dsv3.data.batch import Batch
 from megatron_dsv3.model.attention import zigzag
 from megatron_dsv3.model.build import routers
 from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.model.router import PackedRow
-from megatron_dsv3.train.optimizer import NonFiniteError, update
+from megatron_dsv3.train.experts import ExpertBalance
+from megatron_dsv3.train.optimizer import update
+from megatron_dsv3.train.spikes import NonFiniteError, SpikeError, SpikeGuard
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +54,26 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Losses:
+    """Means over counted tokens, equal on every rank."""
+
+    main: float
+    mtp: float | None
+    """Mean over depths; None: no MTP."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step was; equal on every rank."""
 
-    loss: float
-    """Mean over counted tokens of the main prediction."""
-    mtp_loss: float | None
-    """Mean over depths of the mean over their counted tokens."""
+    losses: Losses
     grad_norm: float
+    """Before clipping; NaN where the step was left out before it was known."""
     counts: Counts
     expert_balance: float
     """Largest expert load over the mean, averaged over layers; 1 is perfect balance."""
+    skipped: str | None = None
+    """Why the update was left out; None: it was done."""
 
 
 def to_row(batch: Batch, groups: Groups) -> Row:
@@ -116,58 +129,103 @@ class TrainStep:
         groups: Groups,
         *,
         mtp_loss_weight: float,
+        experts: ExpertsSection = ExpertsSection(),
+        spikes: SpikesSection = SpikesSection(),
     ) -> None:
         self.chunks, self.optimizer, self.groups = list(chunks), optimizer, groups
         self.mtp_loss_weight = mtp_loss_weight
         self.config = self.chunks[0].config
         self.routers = routers(self.chunks)
-        self._load: Tensor | None = None
+        self.experts = ExpertBalance(self.routers, groups, experts)
+        self.experts.check()
+        self.guard = SpikeGuard(spikes)
         self._finalize = self.config.finalize_model_grads_func
-        self.config.finalize_model_grads_func = self._count_then_finalize
+        self.config.finalize_model_grads_func = self._read_loads_then_finalize
 
-    def __call__(self, batches: Sequence[Batch]) -> StepResult:
+    def __call__(self, batches: Sequence[Batch], *, lr_fraction: float = 1.0) -> StepResult:
         """Trains on this data-parallel rank's micro-batches.
+
+        Args:
+            batches: Micro-batches, equally many on every rank.
+            lr_fraction: Learning rate of this step over the largest of the run.
 
         Raises:
             NonFiniteError: A loss or the gradient norm is not finite; nothing was updated. Names
                 the rank and the samples.
+            SpikeError: The loss is a spike; nothing was updated.
         """
         counts = global_counts(batches, self.groups)
         if counts.counted[0] == 0:
             raise ValueError("the global batch holds no counted token; check the data's loss flags")
+        rows = [to_row(batch, self.groups) for batch in batches]
+        self._prepare(counts)
+        outputs = self._run(rows, counts, forward_only=False)
+        self.experts.reduce()
+        losses, grad_norm, skipped = Losses(math.nan, None), math.nan, None
+        try:
+            losses = self._losses(outputs, rows, counts)
+            if reason := self.guard.explain(losses.main):
+                raise SpikeError(f"{reason}; {_blame(rows)}")
+            grad_norm = self._update(rows)
+            self.experts.update_biases(lr_fraction)
+            self.guard.keep(losses.main)
+        except (NonFiniteError, SpikeError) as error:
+            self.guard.skip(error)
+            skipped = str(error)
+        return StepResult(losses, grad_norm, counts, self.experts.ratio(), skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Losses:
+        """Losses without gradients or any other trace."""
+        counts = global_counts(batches, self.groups)
+        rows = [to_row(batch, self.groups) for batch in batches]
+        for chunk in self.chunks:
+            chunk.eval()
+        outputs = self._run(rows, counts, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return self._losses(outputs, rows, counts)
+
+    def settle(self) -> None:
+        """Waits for weights that are still being gathered after the last update."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def _prepare(self, counts: Counts) -> None:
         for router in self.routers:
             router.balance_weight = float(counts.counted[0]) / counts.documents
+            router.token_weight = float(counts.counted[0]) / counts.tokens
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rows = [to_row(batch, self.groups) for batch in batches]
-        means = self._means(self._forward_backward(rows, counts), rows, counts)
+
+    def _update(self, rows: Sequence[Row]) -> float:
         try:
-            grad_norm = update(self.optimizer)
+            return update(self.optimizer)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; losses were finite; {_blame(rows)}") from None
-        mtp = means[1:].mean().item() if len(means) > 1 else None
-        return StepResult(means[0].item(), mtp, grad_norm, counts, self._balance())
 
-    def _forward_backward(self, rows: Sequence[Row], counts: Counts) -> list[dict[str, Tensor]]:
+    def _run(
+        self, rows: Sequence[Row], counts: Counts, *, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
         weights = loss_weights(counts.counted, self.mtp_loss_weight).to(self.groups.device)
         iterators = [iter(rows) for _ in self.chunks]
-        length = rows[0].tokens.size(1)
         outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
             forward_step_func=partial(_forward, weights=weights),
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(rows),
-            seq_length=length * self.groups.collection.cp.size(),
+            seq_length=rows[0].tokens.size(1) * self.groups.collection.cp.size(),
             micro_batch_size=1,
-            forward_only=False,
+            forward_only=forward_only,
         )
         return outputs
 
-    def _means(
+    def _losses(
         self, outputs: list[dict[str, Tensor]], rows: Sequence[Row], counts: Counts
-    ) -> Tensor:
-        """Mean loss by depth [1 + num_mtp], equal on every rank; stops where one is not finite."""
+    ) -> Losses:
+        """Mean loss by depth, equal on every rank; one read on the host. Raises NonFiniteError."""
         sums = torch.zeros(len(rows), len(counts.counted), dtype=torch.float64)
         if outputs and self.groups.tp_rank == 0:  # TP ranks hold the same losses
             sums = torch.stack([output["sums"] for output in outputs]).double().cpu()
@@ -180,24 +238,13 @@ class TrainStep:
             everyone: list[str] = [""] * self.groups.world_size
             dist.all_gather_object(everyone, blame and f"rank {self.groups.rank}: {blame}")
             raise NonFiniteError("loss is not finite; " + "; ".join(filter(None, everyone)))
-        return total[:-1] / counts.counted.clamp(min=1)
+        means = total[:-1] / counts.counted.clamp(min=1)
+        return Losses(means[0].item(), means[1:].mean().item() if len(means) > 1 else None)
 
-    def _count_then_finalize(self, *args: Any, **kwargs: Any) -> None:
+    def _read_loads_then_finalize(self, *args: Any, **kwargs: Any) -> None:
         """Megatron-Core's reduction of gradients also resets the load counters: read them first."""
-        loads = [router.local_tokens_per_expert for router in self.routers]
-        self._load = torch.stack(loads) if loads else None
+        self.experts.read()
         self._finalize(*args, **kwargs)
-
-    def _balance(self) -> float:
-        """Mean over all layers of max / mean expert load; a pipeline stage knows its own layers."""
-        ratios = torch.zeros(2, device=self.groups.device)
-        if self._load is not None:
-            load = self._load.clone()
-            dist.all_reduce(load, group=self.groups.collection.tp_dp_cp)
-            per_layer = load.amax(1) / load.mean(1).clamp(min=1e-9)
-            ratios = torch.stack([per_layer.sum(), torch.tensor(len(load), device=load.device)])
-        dist.all_reduce(ratios, group=self.groups.collection.pp)
-        return (ratios[0] / ratios[1].clamp(min=1)).item()
 
 
 def loss_weights(counted: Tensor, mtp_loss_weight: float) -> Tensor:

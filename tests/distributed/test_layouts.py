@@ -4,6 +4,9 @@ Compared per parameter: a wrong reduction of one norm leaves the loss as it was 
 gradient norm by less than 1e-4.
 """
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from distributed.launch import Results, launch
@@ -15,41 +18,89 @@ LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4
 UPDATE_TOLERANCE = 1e-3
 
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 ONE = Case("one process")
-ONE_BALANCED = Case("one process, balance loss", balance=1e-2)
-TWO_PROCESSES = [
-    Case("DP2"),
-    Case("DP2 overlapped", overlap=True),
-    Case("DP2 two samples a micro-batch", micro_batch_size=2),
-    Case("TP2", {"tp_size": 2}),
-    Case("EP2", {"ep_size": 2}),
-    Case("PP2", {"pp_size": 2}),
-    Case("CP2", {"cp_size": 2}),
-]
-TWO_BALANCED = [
-    Case("TP2, balance loss", {"tp_size": 2}, balance=1e-2),
-    Case("EP2, balance loss", {"ep_size": 2}, balance=1e-2),
-    Case("CP2, balance loss", {"cp_size": 2}, balance=1e-2),
-]
-FOUR_PROCESSES = [
-    Case("TP2 EP2 DP2", {"tp_size": 2, "ep_size": 2}),
-    Case("TP2 PP2 EP2", {"tp_size": 2, "pp_size": 2, "ep_size": 2}),
-    Case("EP4", {"ep_size": 4}),
-]
-AGAINST_ONE = [*TWO_PROCESSES, *FOUR_PROCESSES]
+BALANCED = Case(
+    "one process, balance and z loss", balance=1e-2, experts={"z_loss_coefficient": 1e-2}
+)
+LOSSES = {"balance": 1e-2, "experts": {"z_loss_coefficient": 1e-2}}
+ALLGATHER = {"dispatcher": "allgather"}
+
+
+def case(name: str, *, micro_batch_size: int = 1, **changes: Any) -> Case:
+    """A layout by its name: `TP2 EP2`; sizes that are not named are 1, DP is what is left."""
+    sizes = dict(re.findall(r"\b(TP|PP|VPP|EP|ETP|CP)(\d+)", name))
+    parallel = {f"{key.lower()}_size": int(value) for key, value in sizes.items()}
+    parallel |= changes.pop("parallel", {})
+    return Case(name, parallel, micro_batch_size=micro_batch_size, **changes)
+
+
+# A micro-batch of several samples is one row of packed documents.
+LAYOUTS: dict[int, list[Case]] = {
+    1: [
+        case("all samples in one row", micro_batch_size=8),
+        case("full recompute", memory=FULL),
+        case("selective recompute", memory=SELECTIVE),
+    ],
+    2: [
+        case("DP2"),
+        case("DP2 overlapped", optimizer=OVERLAP),
+        case("DP2 two samples a row", micro_batch_size=2),
+        case("TP2"),
+        case("TP2 selective recompute", memory=SELECTIVE),
+        case("EP2"),
+        case("EP2 allgather", experts=ALLGATHER),
+        case("ETP2 allgather", experts=ALLGATHER),
+        case("PP2"),
+        case("PP2 VPP2"),
+        case("CP2"),
+    ],
+    4: [
+        case("TP4"),
+        case("EP4"),
+        case("PP4"),
+        case("CP4"),
+        case("DP4 two optimizer instances", parallel={"num_optimizer_instances": 2}),
+        case("TP2 EP4"),
+        case("TP2 PP2 EP2 packed", micro_batch_size=4),
+        case("CP2 PP2 packed", micro_batch_size=2),
+        case("TP2 CP2 EP4"),
+        case("CP2 PP2 VPP2 full recompute", memory=FULL),
+        case("PP4 MTP apart from the loss", parallel={"stages": "Et*4|t*4|m|L"}),
+        case("PP4 uneven, one empty", parallel={"stages": "Et*5|t*3|-|mL"}),
+    ],
+    8: [
+        case("EP8"),
+        case("PP4 VPP2 uneven", parallel={"stages": "E|t*2|t|t|t|t|t|tmL"}),
+        case("TP2 PP2 CP2 EP4 packed", micro_batch_size=2),
+    ],
+}
+WITH_LOSSES: dict[int, list[Case]] = {
+    2: [
+        case("TP2, balance and z loss", **LOSSES),
+        case("EP2, balance and z loss", **LOSSES),
+        case("CP2, balance and z loss", **LOSSES),
+        case("PP2 full recompute, balance and z loss", memory=FULL, **LOSSES),
+    ],
+    4: [case("TP2 CP2 EP4 packed, balance and z loss", micro_batch_size=4, **LOSSES)],
+}
+ALL = [case for cases in LAYOUTS.values() for case in cases]
+ALL_WITH_LOSSES = [case for cases in WITH_LOSSES.values() for case in cases]
 
 
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory):
-    return build(num_hidden_layers=4).save(tmp_path_factory.mktemp("hf"))
+    return build(num_hidden_layers=8).save(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")
 def results(hf_dir, tmp_path_factory) -> Results:
     out = tmp_path_factory.mktemp("out")
-    launch(1, [ONE, ONE_BALANCED], hf_dir=hf_dir, out=out)
-    launch(2, [*TWO_PROCESSES, *TWO_BALANCED], hf_dir=hf_dir, out=out)
-    return launch(4, FOUR_PROCESSES, hf_dir=hf_dir, out=out)
+    for size, cases in LAYOUTS.items():
+        references = [ONE, BALANCED] if size == 1 else []
+        launch(size, [*references, *cases, *WITH_LOSSES.get(size, [])], hf_dir=hf_dir, out=out)
+    return Results(out)
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
@@ -81,22 +132,22 @@ def _check(results: Results, case: Case, reference: Case, before: dict[str, Tens
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("distributed")
-@pytest.mark.parametrize("case", AGAINST_ONE, ids=[case.name for case in AGAINST_ONE])
+@pytest.mark.parametrize("case", ALL, ids=[case.name for case in ALL])
 def test_a_layout_gives_the_numbers_of_one_process(results, hf_dir, case):
     _check(results, case, ONE, read(hf_dir))
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("distributed")
-@pytest.mark.parametrize("case", TWO_BALANCED, ids=[case.name for case in TWO_BALANCED])
-def test_the_balance_loss_does_not_depend_on_the_layout(results, hf_dir, case):
-    _check(results, case, ONE_BALANCED, read(hf_dir))
+@pytest.mark.parametrize("case", ALL_WITH_LOSSES, ids=[case.name for case in ALL_WITH_LOSSES])
+def test_the_routers_losses_do_not_depend_on_the_layout(results, hf_dir, case):
+    _check(results, case, BALANCED, read(hf_dir))
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("distributed")
-def test_the_balance_loss_reaches_the_routers(results):
-    plain, balanced = (results.tensors(c.name, "gradients") for c in (ONE, ONE_BALANCED))
+def test_the_routers_losses_reach_the_routers(results):
+    plain, balanced = (results.tensors(c.name, "gradients") for c in (ONE, BALANCED))
     routers = [name for name in plain if name.endswith("mlp.gate.weight")]
     assert routers
     assert all(not torch.equal(plain[name], balanced[name]) for name in routers)

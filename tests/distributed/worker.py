@@ -20,15 +20,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
-from megatron_dsv3.config.job import OptimizerSection, ScheduleSection
 from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.placement import mtp_stage, place
+from megatron_dsv3.config.sections import (
+    ExpertsSection,
+    MemorySection,
+    OptimizerSection,
+    ScheduleSection,
+)
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.mapping import Param
 from megatron_dsv3.data.batch import make_batch
 from megatron_dsv3.data.dataset import Sample, rank_micro_batches
 from megatron_dsv3.model import cpu
-from megatron_dsv3.model.build import build_chunks, wrap
+from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import start, stop
 from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
@@ -42,14 +48,15 @@ class Case:
     """One layout and what to do in it."""
 
     name: str
-    parallel: dict[str, int] = field(default_factory=dict)
-    steps: int = 2
+    parallel: dict[str, Any] = field(default_factory=dict)
+    steps: int = 4
     micro_batch_size: int = 1
     dtype: str = "fp32"
     balance: float = 0.0
-    bias_update_rate: float = 0.0
-    overlap: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    mtp: str = "train"
     lr: float = 1e-3
 
 
@@ -95,16 +102,17 @@ def gather_gradients(wrapped: list[Any]) -> None:
 def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -> None:
     arch = Architecture.from_hf(hf_dir)
     parallel = Parallel(**case.parallel)
-    groups = start(parallel, torch.device("cpu"), seed=7)
+    mtp = mtp_stage(place(arch, parallel))
+    groups = start(parallel, torch.device("cpu"), seed=7, mtp_stage=mtp)
+    experts = ExpertsSection(aux_loss_coefficient=case.balance, **case.experts)
     dtype = DTYPES[case.dtype]
     config = mcore_config(
         arch,
         parallel,
         dtype=dtype,
         device=groups.device,
-        sequence_balance_coefficient=case.balance,
-        bias_update_rate=case.bias_update_rate,
-        options=case.options,
+        experts=experts,
+        memory=MemorySection(**case.memory),
     )
     chunks = build_chunks(
         arch, parallel, groups, config, max_seq_length=longest, transformer_engine=False
@@ -114,10 +122,16 @@ def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -
     if case.steps == 0:
         _save(bridge, out / case.name, "weights", dtype)
         return
+    if case.mtp == "freeze":
+        freeze_mtp(chunks)
+    # Where a gradient is near zero Adam magnifies its rounding, unless epsilon is well above that.
+    section = OptimizerSection(lr=case.lr, eps=1e-5, **case.optimizer)
     wrapped = wrap(
-        chunks, config, overlap_grad_reduce=case.overlap, overlap_param_gather=case.overlap
+        chunks,
+        config,
+        optimizer=section,
+        num_optimizer_instances=parallel.num_optimizer_instances,
     )
-    section = OptimizerSection(lr=case.lr)
     optimizer = build_optimizer(section, wrapped, dtype=dtype)
     schedule = build_schedule(
         ScheduleSection(decay="constant", warmup_steps=0),
@@ -126,7 +140,7 @@ def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -
         weight_decay=0.0,
         num_steps=case.steps,
     )
-    step = TrainStep(wrapped, optimizer, groups, mtp_loss_weight=0.3)
+    step = TrainStep(wrapped, optimizer, groups, mtp_loss_weight=0.3, experts=experts)
     results = []
     for number in range(case.steps):
         whole = samples(number, batch_size, vocab_size=arch.vocab_size, longest=longest)
@@ -146,13 +160,12 @@ def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -
             gather_gradients(wrapped)
             gradients = GradientBridge(chunks, arch, parallel, groups)
             _save(gradients, out / case.name, "gradients", torch.float32)
-    for model in wrapped:
-        model.start_param_sync(force_sync=True) if case.overlap else None
+    step.settle()
     _save(bridge, out / case.name, "weights", dtype)
     if groups.rank == 0:
         outcome = Outcome(
-            [r.loss for r in results],
-            [r.mtp_loss for r in results],
+            [r.losses.main for r in results],
+            [r.losses.mtp for r in results],
             [r.grad_norm for r in results],
             [r.expert_balance for r in results],
         )

@@ -1,0 +1,259 @@
+"""The sections of a job: every setting with its unit, default and effect.
+
+The docstring under a field is its description, in error messages and in the documentation.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from megatron_dsv3.config.section import Section
+
+
+def _expand_home(path: Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+def _not_empty(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    if not paths:
+        raise ValueError("holds nothing; give at least one file")
+    return paths
+
+
+# Not strict: a path is text in YAML, and a tuple a list.
+UserPath = Annotated[Path, Field(strict=False), AfterValidator(_expand_home)]
+UserPaths = Annotated[tuple[UserPath, ...], Field(strict=False), AfterValidator(_not_empty)]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Share that a running mean keeps at each step."""
+
+
+RecomputeModule = Literal[
+    "core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"
+]
+OffloadModule = Literal[
+    "attn_norm", "attn_proj", "core_attn", "expert_fc1", "mlp_norm", "moe_act", "qkv_linear"
+]
+
+
+class ModelSection(Section):
+    """The model to start from."""
+
+    hf_dir: UserPath
+    """Hugging Face directory: config.json, safetensors (BF16, or DeepSeek's FP8), tokenizer."""
+
+
+class DataSection(Section):
+    """What to learn from."""
+
+    paths: UserPaths
+    """Chat files, JSON or JSONL, with `messages` in each row."""
+    template: Literal["deepseek_v3", "deepseek_r1", "deepseek_v3_1"] = "deepseek_v3"
+    """How messages become tokens; take the one that the model was trained with."""
+    seq_length: Count = 32768
+    """Tokens of a row. Memory for activations grows with it."""
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+    """What becomes of a conversation of more than `seq_length` tokens; both of the first two are
+    counted and reported."""
+    history_reasoning: Literal["strip", "keep"] = "strip"
+    """Whether reasoning of earlier turns stays in the context; inference strips it."""
+
+
+class OptimizerSection(Section):
+    """AdamW, its states spread over the data-parallel ranks."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-7
+    """Learning rate after warm-up, the largest of the run."""
+    beta1: Decay = 0.9
+    """Decay of the running mean of gradients, per step."""
+    beta2: Decay = 0.999
+    """Decay of the running mean of squared gradients, per step."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the mean squared gradient."""
+    weight_decay: NotNegative = 0.0
+    """Share of a weight that a step takes away, times the learning rate."""
+    clip_grad: NotNegative = 1.0
+    """Largest norm of the whole gradient, which is scaled down to it; 0: no limit."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Of the two running means. bf16 halves their 8 bytes a parameter (spread over the
+    data-parallel ranks) and rounds them to 8 bits; needs a GPU."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """Of the sum over micro-batches and ranks. bf16 halves 4 bytes a parameter of every rank and
+    loses what is 256 times smaller than the sum."""
+    offload_fraction: Fraction = 0.0
+    """Share of masters and moments that live, and are updated, in host memory: 12 bytes a parameter
+    off the GPU for about 10 times the time of the update; needs a GPU. Changes no numbers."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients among data-parallel ranks while backward still runs. Changes no numbers."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while forward already runs. Changes no numbers; needs
+    overlap_grad_reduce."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather needs overlap_grad_reduce; set both to true")
+        return self
+
+
+class ScheduleSection(Section):
+    """Learning rate over the run: linear warm-up, then decay to `min_lr` at the last step."""
+
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warm-up; constant stays at the optimizer's lr."""
+    warmup_fraction: Fraction | None = 0.03
+    """Share of all steps spent on warm-up; null where warmup_steps is given."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps of warm-up, instead of warmup_fraction."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the last step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_fraction(cls, values: Any) -> Any:
+        # Only a fraction that the user wrote can contradict the steps.
+        if isinstance(values, dict) and values.get("warmup_steps") is not None:
+            return {"warmup_fraction": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.warmup_fraction is None) == (self.warmup_steps is None):
+            raise ValueError(
+                f"give one of warmup_fraction and warmup_steps, got {self.warmup_fraction} and "
+                f"{self.warmup_steps}"
+            )
+        return self
+
+
+class TrainSection(Section):
+    """How much, how long, on what."""
+
+    global_batch_size: Count
+    """Samples per optimizer step, over all processes."""
+    micro_batch_size: Count = 1
+    """Samples per forward and backward of one data-parallel rank. More fill the GPU better and
+    take memory for activations in proportion."""
+    num_epochs: Count = 1
+    """Passes over the data; training ends after them."""
+    num_steps: Count | None = None
+    """Optimizer steps after which training ends, where the epochs are not over before; null: no
+    limit."""
+    seed: Annotated[int, Field(ge=0)] = 1234
+    """For the order of samples, and for whatever else is random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: on GPUs where there are any."""
+    verify_first: bool = False
+    """Compare the distributed model with transformers, layer by layer, before the first step, and
+    stop where they differ beyond the tolerance of the precision."""
+
+
+class ValidationSection(Section):
+    """Loss on conversations that are not trained on."""
+
+    paths: Annotated[tuple[UserPath, ...], Field(strict=False)] = ()
+    """Chat files, as in data.paths; none: no validation."""
+    every_steps: Count = 100
+    """Optimizer steps between two validations; there is one after the last step too."""
+
+
+class SpikesSection(Section):
+    """What happens when a step's loss is not finite, or far above those before it."""
+
+    action: Literal["stop", "skip"] = "stop"
+    """stop: end the run before the update. skip: leave the update out, count it and go on."""
+    factor: Annotated[float, Field(gt=1)] | None = None
+    """A loss above this many times the median of the last `window` steps is a spike; null: only one
+    that is not finite."""
+    window: Annotated[int, Field(ge=2)] = 32
+    """Steps that the median is taken of; until so many are done nothing is a spike."""
+    max_skipped: Count = 10
+    """Skipped steps in a row after which the run ends anyway."""
+
+
+class PrecisionSection(Section):
+    """Number formats."""
+
+    compute: Literal["bf16", "fp32"] = "bf16"
+    """Weights and activations. The optimizer keeps fp32 copies of bf16 weights; router, expert
+    bias and loss are fp32 either way."""
+
+
+class MemorySection(Section):
+    """What is computed twice, or kept elsewhere, to save memory for activations."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """full: keep only each layer's input and compute the layer again in backward, a third more
+    compute. selective: the same for `recompute_modules` alone. Changes no numbers."""
+    recompute_modules: Annotated[tuple[RecomputeModule, ...], Field(strict=False)] = (
+        "mla_up_proj",
+        "layernorm",
+        "moe_act",
+    )
+    """What `recompute: selective` computes again: mla_up_proj, layernorm and moe_act (cheap),
+    core_attn, mlp, shared_experts, moe (the whole expert layer, its communication too)."""
+    offload_activations: Annotated[tuple[OffloadModule, ...], Field(strict=False)] = ()
+    """Modules whose saved inputs wait in host memory for backward: attn_norm, qkv_linear,
+    core_attn, attn_proj, mlp_norm, expert_fc1, moe_act. Costs traffic to the host; needs a GPU.
+    Changes no numbers."""
+
+
+class MtpSection(Section):
+    """Multi-token prediction."""
+
+    mode: Literal["train", "freeze", "off"] = "train"
+    """freeze: the MTP layers' weights stay as loaded, their loss still trains the rest; off: they
+    are not computed, and their weights are written as loaded."""
+    loss_weight: NotNegative = 0.1
+    """Weight of the MTP layers' loss, averaged over them, beside the main loss (paper section
+    2.2)."""
+
+
+class ExpertsSection(Section):
+    """Balance of the routed experts."""
+
+    aux_loss_coefficient: NotNegative = 1e-4
+    """Weight of the sequence-wise balance loss (alpha of paper eq. 17). Not read from config.json;
+    the default is what DeepSeek-V3 was trained with, 0 switches it off."""
+    bias: Literal["freeze", "update", "decay"] = "freeze"
+    """freeze: the experts' biases stay as loaded, as fine-tuning wants it. update: each moves by
+    `bias_update_rate` per step towards balance. decay: the same, at a rate that falls with the
+    learning rate."""
+    bias_update_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Change of a bias per step (gamma of paper section 2.1.2), where `bias` is not freeze."""
+    z_loss_coefficient: NotNegative = 0.0
+    """Weight of the squared log-sum of the router's logits (arXiv:2202.08906), which keeps them
+    small."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts' ranks: alltoall sends each token where it goes; allgather
+    sends all to all, which pays only for few ranks. Changes no numbers."""
+
+
+class OutputSection(Section):
+    """The Hugging Face directory written at the end."""
+
+    dir: UserPath
+    """Where to; must not hold anything yet."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of the weights; the expert bias is fp32 in either."""
+    shard_size_gb: Annotated[float, Field(gt=0)] = 5.0
+    """Largest size of a safetensors file, in GB of 10^9 bytes; a larger tensor has its own."""
+
+
+class LogSection(Section):
+    """What is seen of a run."""
+
+    dir: UserPath | None = None
+    """Where TensorBoard's files go; null: beside the output, as <output.dir>-log."""
+    every_steps: Count = 1
+    """Optimizer steps between two lines."""
+    expert_load_every_steps: Count = 50
+    """Optimizer steps between two records of every expert's load (heat map)."""
+    wandb_project: str | None = None
+    """Weights & Biases project to log to as well; needs `pip install wandb`."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment to log to as well; needs `pip install mlflow`."""
