@@ -24,11 +24,6 @@ app = typer.Typer(
 USER_ERROR = 2
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `train` a subcommand while it is the only one."""
-
-
 @app.command()
 def train(
     job: Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)],
@@ -43,6 +38,23 @@ def train(
     from megatron_dsv3.commands import train as command
 
     command.run(settings, Console())
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Log directories of runs, finished or running.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write; by default RUN/report. Needed for several runs."),
+    ] = None,
+) -> None:
+    """Draw runs: loss, learning rate, gradient norm, throughput, experts; PNG files and a page."""
+    from megatron_dsv3.commands import report as command
+
+    command.run(runs, Console(), out=out)
 
 
 def main() -> None:

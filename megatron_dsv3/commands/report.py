@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dsv3.train.report import write_report
+from megatron_dsv3.train.report_page import write_report
 from megatron_dsv3.train.run_log import RunLog, read_runs, summary
 
 
@@ -31,7 +31,8 @@ def run(directories: Sequence[Path], console: Console, *, out: Path | None = Non
 
 def _table(runs: Sequence[RunLog]) -> Table:
     summaries = [summary(run) for run in runs]
-    table = Table("", show_header=True)
+    table = Table()
+    table.add_column("", no_wrap=True)
     for run in runs:
         table.add_column(run.name, justify="right", overflow="fold")
     for label in summaries[0]:

@@ -37,6 +37,7 @@ from megatron_dsv3.train.loop import Run, StepBatch, train
 from megatron_dsv3.train.metrics import FileSink, LineSink, Sink, StepRecord
 from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
 from megatron_dsv3.train.progress import ProgressSink
+from megatron_dsv3.train.sinks import TrackedRun, start_trackers, tracker_problems
 from megatron_dsv3.train.step import Losses, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,9 @@ def read_inputs(job: Job, world_size: int, device: torch.device) -> Inputs:
     arch = Architecture.from_hf(job.model.hf_dir)
     problems = job.problems(arch, world_size)
     problems += job.backend_problems("cuda" if device.type == "cuda" else "cpu")
+    problems += tracker_problems(
+        wandb_project=job.log.wandb_project, mlflow_experiment=job.log.mlflow_experiment
+    )
     if problems:
         raise ValueError("\n".join(problems))
     check_target(job.output.dir)
@@ -300,7 +304,13 @@ def _sinks(inputs: Inputs, groups: Groups, console: Console) -> list[Sink]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     lines = LineSink(write, every_steps=job.log.every_steps)
-    return [FileSink(job.log_dir), lines, bar]
+    files = FileSink(job.log_dir)  # makes the directory that the trackers write to, too
+    trackers = start_trackers(
+        TrackedRun(job.output.dir.name, job.model_dump(mode="json"), job.log_dir),
+        wandb_project=job.log.wandb_project,
+        mlflow_experiment=job.log.mlflow_experiment,
+    )
+    return [files, lines, bar, *trackers]
 
 
 def stage_table(inputs: Inputs) -> Table:

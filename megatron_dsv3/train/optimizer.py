@@ -61,6 +61,8 @@ def build_schedule(
     warmup = section.warmup_steps
     if warmup is None:
         warmup = math.ceil((section.warmup_fraction or 0.0) * num_steps)
+    for group in optimizer.param_groups:  # a group's own value wins over the schedule's
+        group["min_lr"] = section.min_lr
     # Megatron-Core asks for at least one step of decay after the warm-up.
     warmup = min(warmup, num_steps - 1)
     return OptimizerParamScheduler(
