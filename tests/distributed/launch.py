@@ -1,6 +1,7 @@
 """Starts `worker.py` under torchrun and reads what it wrote."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,10 @@ def launch(
     plan.write_text(json.dumps(content))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={num_processes}", str(WORKER), str(plan)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    tests = str(WORKER.parents[1])
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return Results(out)

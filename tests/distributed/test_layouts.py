@@ -85,6 +85,17 @@ WITH_LOSSES: dict[int, list[Case]] = {
     ],
     4: [case("TP2 CP2 EP4 packed, balance and z loss", micro_batch_size=4, **LOSSES)],
 }
+# Each in a layout where it shows.
+WRONG: dict[int, list[Case]] = {
+    2: [
+        case("TP2 wrong", mistake="an unreduced gradient under TP"),
+        case("DP2 packed wrong", micro_batch_size=4, mistake="labels shifted across documents"),
+        case("DP2 wrong", mistake="the loss averaged per rank"),
+        case("PP2 wrong", mistake="a layer placed twice"),
+        case("EP2 wrong", mistake="a bf16 bias"),
+    ]
+}
+ALL_WRONG = [case for cases in WRONG.values() for case in cases]
 ALL = [case for cases in LAYOUTS.values() for case in cases]
 ALL_WITH_LOSSES = [case for cases in WITH_LOSSES.values() for case in cases]
 
@@ -99,7 +110,12 @@ def results(hf_dir, tmp_path_factory) -> Results:
     out = tmp_path_factory.mktemp("out")
     for size, cases in LAYOUTS.items():
         references = [ONE, BALANCED] if size == 1 else []
-        launch(size, [*references, *cases, *WITH_LOSSES.get(size, [])], hf_dir=hf_dir, out=out)
+        launch(
+            size,
+            [*references, *cases, *WITH_LOSSES.get(size, []), *WRONG.get(size, [])],
+            hf_dir=hf_dir,
+            out=out,
+        )
     return Results(out)
 
 
@@ -151,6 +167,14 @@ def test_the_routers_losses_reach_the_routers(results):
     routers = [name for name in plain if name.endswith("mlp.gate.weight")]
     assert routers
     assert all(not torch.equal(plain[name], balanced[name]) for name in routers)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("case", ALL_WRONG, ids=[case.mistake for case in ALL_WRONG])
+def test_a_planted_mistake_is_found(results, hf_dir, case):
+    with pytest.raises(AssertionError):
+        _check(results, case, ONE, read(hf_dir))
 
 
 ROUND_TRIPS = {

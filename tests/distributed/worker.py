@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from distributed.mistakes import MISTAKES
 from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
@@ -58,6 +60,8 @@ class Case:
     optimizer: dict[str, Any] = field(default_factory=dict)
     mtp: str = "train"
     lr: float = 1e-3
+    mistake: str | None = None
+    """One of `mistakes.MISTAKES`, planted for this case alone."""
 
 
 @dataclass(frozen=True)
@@ -184,14 +188,12 @@ def main() -> None:
     cpu.enable()
     for entry in plan["cases"]:
         case = Case(**entry)
+        sizes = {"batch_size": plan["batch_size"], "longest": plan["longest"]}
         try:
-            run(
-                case,
-                Path(plan["hf_dir"]),
-                Path(plan["out"]),
-                batch_size=plan["batch_size"],
-                longest=plan["longest"],
-            )
+            with pytest.MonkeyPatch.context() as patch:
+                if case.mistake:
+                    MISTAKES[case.mistake](patch)
+                run(case, Path(plan["hf_dir"]), Path(plan["out"]), **sizes)
         except Exception as error:
             error.add_note(f"in case {case.name!r}")
             raise
