@@ -1,6 +1,7 @@
 """Process groups: places in the grid by hand, sizes that don't fit, devices, seeds."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -32,10 +33,10 @@ def as_rank() -> Iterator[Callable[..., Groups]]:
     cpu.enable()
     stop()
 
-    def join(parallel: Parallel, rank: int, world_size: int) -> Groups:
+    def join(parallel: Parallel, rank: int, world_size: int, **options: Any) -> Groups:
         stop()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        return start(parallel, CPU)
+        return start(parallel, CPU, **options)
 
     yield join
     stop()
@@ -96,6 +97,34 @@ def test_virtual_stages_are_announced(as_rank):
     assert parallel_state.get_virtual_pipeline_model_parallel_world_size() == 3
     as_rank(Parallel(pp_size=2), 0, 2)
     assert parallel_state.get_virtual_pipeline_model_parallel_world_size() is None
+
+
+@pytest.mark.parametrize(
+    ("mtp_stage", "holders"), [(None, {0, 3}), (3, {0, 3}), (2, {0, 2}), (0, {0})], ids=str
+)
+def test_the_gradient_of_the_embedding_is_summed_over_the_stages_that_embed(
+    as_rank, mtp_stage, holders
+):
+    """The first, and the one with MTP."""
+    parallel = Parallel(pp_size=4)
+    found = set()
+    for rank in range(4):
+        as_rank(parallel, rank, 4, mtp_stage=mtp_stage)
+        if parallel_state.is_rank_in_embedding_group():
+            found.add(rank)
+            assert parallel_state.get_embedding_group().size() == len(holders)
+    assert found == holders
+
+
+def test_optimizer_instances_share_the_data_parallel_ranks_out(as_rank):
+    as_rank(Parallel(tp_size=2, num_optimizer_instances=2), 5, 16)
+    sizes = [
+        parallel_state.get_data_parallel_group(
+            with_context_parallel=True, partial_data_parallel=partial
+        ).size()
+        for partial in (False, True)
+    ]
+    assert sizes == [8, 4]
 
 
 @pytest.mark.parametrize(

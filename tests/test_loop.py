@@ -21,23 +21,27 @@ NUM_STEPS, WORLD_SIZE = 3, 4
 class Step:
     """Gives the micro-batches' content back as the loss."""
 
-    def __init__(self, *, fails_at: int = 0, error: Exception | None = None) -> None:
-        self.fails_at, self.error, self.number = fails_at, error, 0
-
-    guard = SimpleNamespace(num_skipped=0)
-    experts = SimpleNamespace(loads=lambda: {0: [1, 2]})
-    settled = False
+    def __init__(
+        self, *, fails_at: int = 0, error: Exception | None = None, skips: str | None = None
+    ) -> None:
+        self.fails_at, self.error, self.skips, self.number = fails_at, error, skips, 0
+        self.guard = SimpleNamespace(num_skipped=0)
+        self.experts = SimpleNamespace(loads=lambda: {3: [self.number, 2]})
+        self.lr_fractions: list[float] = []
+        self.settled_after: list[int] = []
 
     def settle(self) -> None:
-        self.settled = True
+        self.settled_after.append(self.number)
 
     def __call__(self, micro_batches: Any, *, lr_fraction: float) -> StepResult:
-        assert 0 < lr_fraction <= 1
+        self.lr_fractions.append(lr_fraction)
         self.number += 1
         if self.number == self.fails_at:
             raise self.error
+        self.guard.num_skipped += self.skips is not None
         counts = Counts(torch.tensor([30.0, 20.0]), documents=2, tokens=100 * self.number)
-        return StepResult(Losses(float(sum(micro_batches)), 0.5), 2.0, counts, 1.25)
+        losses = Losses(float(sum(micro_batches)), 0.5)
+        return StepResult(losses, 2.0, counts, 1.25, self.skips)
 
 
 class Recorder:
@@ -45,10 +49,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
+        self.loads: list[tuple[int, Any]] = []
         self.closed = 0
 
     def log_expert_load(self, step: int, loads: Any) -> None:
-        assert loads == {0: [1, 2]}
+        self.loads.append((step, loads))
 
     def log(self, record: StepRecord) -> None:
         assert not self.closed
@@ -121,6 +126,71 @@ def test_sinks_and_callbacks_get_every_record_and_sinks_are_closed_once():
     for sink in sinks:
         assert sink.records == records
         assert sink.closed == 1
+
+
+def test_the_step_hears_its_share_of_the_largest_rate():
+    step = Step()
+    train(_run(step, max_lr=2.0), _batches())
+    assert step.lr_fractions == [0.25, 0.5, 0.25]
+
+
+def test_utilisation_is_measured_at_the_peak_of_the_device():
+    records = train(_run(peak_tflops=500.0), _batches())
+    assert [r.mfu for r in records] == [r.tflops_per_device / 500.0 for r in records]
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "due"), [(1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (100, [3])]
+)
+def test_validation_and_expert_loads_come_every_nth_step_and_after_the_last(every_steps, due):
+    step, sink, validated = Step(), Recorder(), []
+
+    def validate() -> Losses:
+        validated.append(step.number)
+        return Losses(float(step.number), None)
+
+    run = _run(
+        step,
+        sinks=[sink],
+        validate=validate,
+        validate_every_steps=every_steps,
+        expert_load_every_steps=every_steps,
+    )
+    records = train(run, _batches())
+    assert validated == due
+    assert {r.step: r.validation_loss for r in records if r.validation_loss is not None} == {
+        number: float(number) for number in due
+    }
+    assert sink.loads == [(number, {3: [number, 2]}) for number in due]
+
+
+def test_validation_does_not_count_as_the_steps_time(clock):
+    def validate() -> Losses:
+        loop.time.perf_counter()
+        return Losses(1.0, None)
+
+    records = train(_run(validate=validate, validate_every_steps=1), _batches())
+    assert [record.seconds for record in records] == [2, 2, 2]
+
+
+def test_expert_loads_are_gathered_where_no_sink_is():
+    """Gathering is collective; only rank 0 has sinks."""
+    step, calls = Step(), []
+    step.experts = SimpleNamespace(loads=lambda: calls.append(1))
+    train(_run(step), _batches())
+    assert len(calls) == 1
+
+
+def test_a_skipped_step_is_recorded_and_counted():
+    records = train(_run(Step(skips="loss is nan")), _batches())
+    assert [record.skipped for record in records] == ["loss is nan"] * NUM_STEPS
+    assert [record.num_skipped for record in records] == [1, 2, 3]
+
+
+def test_weights_are_settled_once_after_the_last_step():
+    step = Step()
+    train(_run(step), _batches())
+    assert step.settled_after == [NUM_STEPS]
 
 
 def test_a_callback_sees_the_schedule_already_moved_on():

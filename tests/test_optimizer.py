@@ -17,6 +17,7 @@ from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups, SharedError, start, stop
+from megatron_dsv3.train import optimizer as module
 from megatron_dsv3.train.optimizer import NonFiniteError, build_optimizer, build_schedule, update
 
 ARCH = replace(
@@ -165,6 +166,38 @@ def test_masters_of_bf16_weights_are_fp32(groups):
         update(optimizer)
     # Six steps of 1e-3 from 1.0, where bf16 next below 1 is 0.99609: each alone would round away.
     assert {p.flatten()[0].item() for p in wrapped.parameters()} == {0.9921875}
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, {}),
+        (
+            {"moments": "bf16"},
+            {
+                "use_precision_aware_optimizer": True,
+                "exp_avg_dtype": torch.bfloat16,
+                "exp_avg_sq_dtype": torch.bfloat16,
+            },
+        ),
+        (
+            {"offload_fraction": 0.5},
+            {
+                "optimizer_cpu_offload": True,
+                "optimizer_offload_fraction": 0.5,
+                "overlap_cpu_optimizer_d2h_h2d": True,
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_states_are_kept_as_the_job_says(monkeypatch, section, expected):
+    """A GPU's business: Megatron-Core refuses some of it without Transformer Engine."""
+    monkeypatch.setattr(module, "OptimizerConfig", dict)
+    monkeypatch.setattr(module, "get_megatron_optimizer", lambda config, _: config)
+    config = build_optimizer(OptimizerSection(**section), [], dtype=torch.bfloat16)
+    default = build_optimizer(OptimizerSection(), [], dtype=torch.bfloat16)
+    assert {k: v for k, v in config.items() if k not in default or v != default[k]} == expected
 
 
 # Schedule

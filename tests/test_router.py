@@ -47,6 +47,7 @@ def make(groups: Groups, monkeypatch) -> Callable[..., TopKRouter]:
         cls: type[TopKRouter] = DeepseekV3Router,
         *,
         balance: float = 0.0,
+        z_loss: float = 0.0,
         options: dict[str, Any] | None = None,
         **changes: Any,
     ) -> TopKRouter:
@@ -56,7 +57,7 @@ def make(groups: Groups, monkeypatch) -> Callable[..., TopKRouter]:
             Parallel(),
             dtype=torch.float32,
             device=groups.device,
-            experts=ExpertsSection(aux_loss_coefficient=balance),
+            experts=ExpertsSection(aux_loss_coefficient=balance, z_loss_coefficient=z_loss),
             options=options,
         )
         router = cls(config=config, pg_collection=groups.collection)
@@ -340,6 +341,39 @@ def test_the_loss_scale_of_the_schedule_reaches_the_balance_loss(make):
     plain = _gradient(router, logits)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(8.0))
     torch.testing.assert_close(_gradient(router, logits), 8 * plain)
+
+
+# Z loss
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_z_loss_of_whole_rows_is_that_of_megatron(make, batch):
+    """Its gradient; Megatron-Core's is the mean over tokens times their number."""
+    theirs, ours = make(TopKRouter, options={"moe_z_loss_coeff": 0.1}), make(z_loss=0.1)
+    logits = _logits(12, batch)
+    expected = _gradient(theirs, logits)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(_gradient(ours, logits), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_z_loss_is_the_mean_over_real_tokens(make):
+    router, logits = make(z_loss=0.1), _logits(len(PACKED), 1)
+    real = torch.tensor(PACKED) >= 0
+    router.token_weight = 1 / real.sum().item()  # the step divides by the counted tokens
+    ours = _gradient(router, logits, _membership(PACKED, 3))
+    by_hand = 0.1 * logits[real, 0].exp().sum(-1).log().square().mean()
+    (expected,) = torch.autograd.grad(by_hand, logits)
+    torch.testing.assert_close(ours, expected)
+    assert not ours[~real].any()
+
+
+def test_both_losses_add_up_and_neither_is_there_in_evaluation(make):
+    logits = _logits(10, 1)
+    parts = [_gradient(make(balance=COEFFICIENT), logits), _gradient(make(z_loss=0.1), logits)]
+    router = make(balance=COEFFICIENT, z_loss=0.1)
+    torch.testing.assert_close(_gradient(router, logits), parts[0] + parts[1])
+    router.eval()
+    assert not _gradient(router, logits).any()
 
 
 # Documents on their way to the router

@@ -1,6 +1,7 @@
 """One training step against transformers and torch: rows, counts, losses, gradients, refusals."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.parallel import Parallel
-from megatron_dsv3.config.sections import ExpertsSection, OptimizerSection
+from megatron_dsv3.config.sections import ExpertsSection, OptimizerSection, SpikesSection
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
@@ -29,7 +30,7 @@ from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups, start, stop
 from megatron_dsv3.train.optimizer import build_optimizer
-from megatron_dsv3.train.spikes import NonFiniteError
+from megatron_dsv3.train.spikes import NonFiniteError, SpikeError
 from megatron_dsv3.train.step import TrainStep, _weighted_sum, global_counts, loss_weights, to_row
 
 LENGTH, NUM_MTP, MTP_WEIGHT, VOCABULARY = 16, 2, 0.3, 128
@@ -91,7 +92,9 @@ def make(groups, hf_dir) -> Callable[..., Trainee]:
     """The reference's weights behind a step; gradients are not clipped, so they can be compared."""
     arch = Architecture.from_hf(hf_dir)
 
-    def build(*, balance: float = 0.0, **policy: Any) -> Trainee:
+    def build(
+        *, balance: float = 0.0, spikes: SpikesSection = SpikesSection(), **policy: Any
+    ) -> Trainee:
         experts = ExpertsSection(aux_loss_coefficient=balance, **policy)
         config = mcore_config(
             arch,
@@ -108,7 +111,14 @@ def make(groups, hf_dir) -> Callable[..., Trainee]:
         wrapped = wrap(chunks, config)
         section = OptimizerSection(lr=1e-3, clip_grad=0.0)
         optimizer = build_optimizer(section, wrapped, dtype=torch.float32)
-        step = TrainStep(wrapped, optimizer, groups, mtp_loss_weight=MTP_WEIGHT, experts=experts)
+        step = TrainStep(
+            wrapped,
+            optimizer,
+            groups,
+            mtp_loss_weight=MTP_WEIGHT,
+            experts=experts,
+            spikes=spikes,
+        )
         return Trainee(step, bridge)
 
     return build
@@ -281,6 +291,37 @@ def test_accumulation_does_not_change_the_balance_loss(make):
             torch.testing.assert_close(other[name], gradients[0][name], rtol=1e-4, atol=1e-6)
 
 
+def test_the_routers_losses_are_means_over_the_documents_and_tokens_of_the_step(make):
+    """Of the last router, behind which only its own losses depend on its weight."""
+    micro_batches = [_batch(*SAMPLES[:3]), _batch(SAMPLES[3], EMPTY_SAMPLE)]
+    plain, trainee = make(), make(balance=0.1, z_loss_coefficient=0.01)
+    router, inputs = trainee.step.routers[-1], []
+    router.register_forward_hook(lambda _, args, __: inputs.append(args[0].detach()[:, 0]))
+    weight = router.weight.detach().clone().requires_grad_()
+    plain.step(micro_batches)
+    trainee.step(micro_batches)
+    documents = []
+    for hidden, batch in zip(inputs, micro_batches, strict=True):
+        rows = (hidden @ weight.T).split(LENGTH)
+        lengths = (~batch.padding).sum(1).tolist()
+        documents += [row[:n] for row, n in zip(rows, lengths, strict=True) if n]
+    squares = torch.cat(documents).logsumexp(-1).square()
+    expected = 0.1 * torch.stack([_balance(d) for d in documents]).mean() + 0.01 * squares.mean()
+    (gradient,) = torch.autograd.grad(expected, weight)
+    name = next(n for n in reversed(plain.gradients()) if n.endswith("mlp.gate.weight"))
+    difference = trainee.gradients()[name] - plain.gradients()[name]
+    torch.testing.assert_close(difference, gradient, rtol=1e-3, atol=1e-6)
+
+
+def _balance(logits: Tensor) -> Tensor:
+    """Paper eq. 17-20 of one document [tokens, experts], without alpha."""
+    num_experts, topk = logits.size(1), hf_reference.SMALL["num_experts_per_tok"]
+    scores = logits.sigmoid()
+    chosen = F.one_hot(scores.topk(topk).indices, num_experts).sum(1)
+    f = num_experts / topk * chosen.float().mean(0)
+    return (f * (scores / scores.sum(1, keepdim=True)).mean(0)).sum()
+
+
 def test_what_padding_holds_changes_nothing(make):
     batch = _batch(*SAMPLES)
     outcomes = []
@@ -358,6 +399,29 @@ def test_biases_move_by_the_rate_towards_balance(make):
         torch.testing.assert_close(moved, 0.01 * (load.mean() - load).sign(), rtol=1e-4, atol=0)
 
 
+# Evaluation
+
+
+def test_evaluation_gives_the_losses_of_a_step_and_leaves_no_trace(make):
+    trainee, fresh = make(balance=0.1, bias="update"), make(balance=0.1, bias="update")
+    batches = [_batch(*SAMPLES[:2]), _batch(*SAMPLES[2:])]
+    before = trainee.tensors()
+    losses = trainee.step.evaluate(batches)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainee.tensors().items())
+    assert not any(router.local_tokens_per_expert.any() for router in trainee.step.routers)
+    assert all(chunk.training for chunk in trainee.step.chunks)
+    result, expected = trainee.step(batches), fresh.step(batches)
+    assert losses == result.losses
+    assert result.losses == expected.losses
+    assert result.grad_norm == expected.grad_norm
+
+
+def test_evaluation_of_nothing_counted_is_zero(make):
+    silent = _sample(6, "silent", counted=0.0)
+    losses = make().step.evaluate([_batch(silent, EMPTY_SAMPLE)])
+    assert (losses.main, losses.mtp) == (0.0, 0.0)
+
+
 # What is refused
 
 
@@ -388,6 +452,41 @@ def test_a_gradient_that_is_not_finite_names_the_samples_and_changes_nothing(mak
     message = r"^gradient norm is nan; losses were finite; samples chats.jsonl:0, chats.jsonl:1$"
     with pytest.raises(NonFiniteError, match=message):
         trainee.step([_batch(sample) for sample in SAMPLES[:2]])
+    changed = [n for n, t in trainee.tensors().items() if not torch.equal(t, before[n])]
+    assert not changed
+
+
+SKIP = SpikesSection(action="skip", factor=1.5, window=2)
+
+
+def test_a_step_that_is_not_finite_can_be_left_out_and_the_next_one_done(make):
+    trainee, fresh = make(bias="update", spikes=SKIP), make(bias="update", spikes=SKIP)
+    hook = trainee.bridge.chunks[0].output_layer.weight.register_hook(lambda g: g * math.inf)
+    result = trainee.step([_batch(*SAMPLES)])
+    assert result.skipped is not None
+    assert result.skipped.startswith("gradient norm is inf; losses were finite; samples chats")
+    assert trainee.step.guard.num_skipped == 1
+    hook.remove()
+    after, expected = trainee.step([_batch(*SAMPLES)]), fresh.step([_batch(*SAMPLES)])
+    assert after.skipped is expected.skipped is None
+    assert (after.losses, after.grad_norm) == (expected.losses, expected.grad_norm)
+    theirs = fresh.tensors()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in trainee.tensors().items())
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_loss_far_above_those_before_it_is_not_trained_on(make, action):
+    trainee = make(bias="update", spikes=SKIP.model_copy(update={"action": action}))
+    for _ in range(2):
+        trainee.step([_batch(*SAMPLES)])
+    trainee.bridge.chunks[0].output_layer.weight.data.mul_(20)
+    before = trainee.tensors()
+    message = r"loss [\d.]+ is more than 1.5 times the median [\d.]+; samples chats.jsonl:0"
+    if action == "stop":
+        with pytest.raises(SpikeError, match=message):
+            trainee.step([_batch(*SAMPLES)])
+    else:
+        assert re.match(message, trainee.step([_batch(*SAMPLES)]).skipped)
     changed = [n for n, t in trainee.tensors().items() if not torch.equal(t, before[n])]
     assert not changed
 

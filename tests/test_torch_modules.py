@@ -54,7 +54,7 @@ TINY = replace(
 TE_LAYOUTS = {
     "te_tiny": (Parallel(), 1),
     "te_tiny4": (Parallel(tp_size=2, ep_size=2), 4),
-    "te_tiny8": (Parallel(tp_size=2, pp_size=2, ep_size=2, etp_size=2), 8),
+    "te_tiny8": (Parallel(tp_size=2, pp_size=2, ep_size=2, etp_size=2, stages="Ett|ttmL"), 8),
 }
 
 

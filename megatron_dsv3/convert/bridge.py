@@ -51,6 +51,8 @@ class Bridge:
         problem = ""
         try:
             reader.check_against(self.checkpoint or self.arch)
+            if self.groups.rank == 0:  # one reader of the copies is enough
+                reader.check_copies(self.checkpoint or self.arch)
             for param, tensor in self.local_tensors():
                 self._fill(param, tensor, reader)
         except (ValueError, OSError) as error:

@@ -36,7 +36,7 @@ def launch(
     out: Path,
     batch_size: int = 8,
     longest: int = 24,
-    timeout_s: float = 600,
+    timeout_s: float = 1800,
 ) -> Results:
     """Runs all cases in one launch; a failure shows the end of the ranks' output."""
     out.mkdir(parents=True, exist_ok=True)
