@@ -147,9 +147,6 @@ class TrainSection(Section):
     """For the order of samples, and for whatever else is random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: on GPUs where there are any."""
-    verify_first: bool = False
-    """Compare the distributed model with transformers, layer by layer, before the first step, and
-    stop where they differ beyond the tolerance of the precision."""
 
 
 class ValidationSection(Section):
