@@ -4,7 +4,9 @@ import io
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -73,6 +75,16 @@ def test_lines_are_the_first_the_last_and_every_nth(every_steps, expected):
     assert lines == [step_line(records[step - 1]) for step in expected]
 
 
+def test_a_skipped_step_is_said_whatever_line_is_due():
+    lines = []
+    sink = LineSink(lines.append, every_steps=5)
+    skipped = replace(RECORD, step=3, skipped="loss is nan; samples a", num_skipped=2)
+    for record in (replace(RECORD, step=2), skipped):
+        sink.log(record)
+    assert lines == ["step 3 skipped: loss is nan; samples a"]
+    assert step_line(skipped).endswith("skipped 2")
+
+
 def test_records_are_read_back_as_they_were(tmp_path):
     records = [
         RECORD,
@@ -127,6 +139,23 @@ def test_tensorboard_gets_no_figure_that_is_not_there(tmp_path):
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
     assert "train/loss" in tags
     assert not {f"train/{name}" for name in OPTIONAL} & set(tags)
+
+
+def test_expert_loads_are_lines_of_json_and_a_heat_map(tmp_path):
+    """A row a layer, each as bright as its busiest expert; a layer without tokens stays dark."""
+    sink = FileSink(tmp_path)
+    loads = {3: [4, 0, 8, 2], 4: [0, 0, 0, 0], 61: [1, 1, 1, 1]}
+    sink.log_expert_load(50, loads)
+    first = (tmp_path / "expert_load.jsonl").read_text()
+    sink.log_expert_load(100, loads)
+    sink.close()
+    assert json.loads(first) == {"step": 50, "layers": [3, 4, 61], "load": list(loads.values())}
+    assert len((tmp_path / "expert_load.jsonl").read_text().splitlines()) == 2
+    events = EventAccumulator(str(tmp_path), {"images": 0}).Reload().Images("train/expert_load")
+    assert [event.step for event in events] == [50, 100]
+    pixels = imread(io.BytesIO(events[0].encoded_image_string), format="png")
+    shades = np.round(pixels.reshape(3, 4, -1)[..., 0] * 255).tolist()
+    assert shades == [[127, 0, 255, 63], [0] * 4, [255] * 4]
 
 
 def test_a_directory_without_metrics_is_named(tmp_path):
