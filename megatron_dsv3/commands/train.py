@@ -173,6 +173,7 @@ def _load_model(inputs: Inputs, groups: Groups) -> Bridge:
         device=groups.device,
         experts=job.experts,
         memory=job.memory,
+        precision=job.precision,
     )
     chunks = build_chunks(
         inputs.arch,

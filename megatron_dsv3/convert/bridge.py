@@ -156,8 +156,15 @@ class Bridge:
     def _fill(self, param: Param, tensor: Tensor, reader: HFReader) -> None:
         size = self._shard_size(param)
         cuts = hf_slices(param, self._shard_rank(param), size)
-        for target, cut in zip(pieces_of(param, tensor, size), cuts, strict=True):
+        quantised = hasattr(tensor, "get_high_precision_init_val")
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype) if quantised else tensor
+        for target, cut in zip(pieces_of(param, whole, size), cuts, strict=True):
             target.copy_(reader.read(cut.name, cut.slices))
+        if quantised:
+            # Transformer Engine's FP8 parameter. The optimizer takes its master from the attribute,
+            # which holds what the constructor saw, and drops it then.
+            tensor.copy_(whole.to(tensor.device))
+            tensor._high_precision_init_val = whole  # type: ignore[attr-defined]
 
     def _address(self, param: Param, part: int) -> "_Address":
         pp_rank = next(s.pp_rank for s in self._all_stages if _on_stage(param, s))
