@@ -87,7 +87,8 @@ class OptimizerSection(Section):
     loses what is 256 times smaller than the sum."""
     offload_fraction: Fraction = 0.0
     """Share of masters and moments that live, and are updated, in host memory: 12 bytes a parameter
-    off the GPU for about 10 times the time of the update; needs a GPU. Changes no numbers."""
+    off the GPU for about 10 times the time of the update; needs a GPU. Changes numbers by rounding
+    only: host and GPU add in other orders."""
     overlap_grad_reduce: bool = False
     """Reduce gradients among data-parallel ranks while backward still runs. Changes no numbers."""
     overlap_param_gather: bool = False
@@ -98,6 +99,11 @@ class OptimizerSection(Section):
     def _check(self) -> Self:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("overlap_param_gather needs overlap_grad_reduce; set both to true")
+        if self.moments == "bf16" and self.offload_fraction > 0:
+            raise ValueError(
+                "moments=bf16 and offload_fraction exclude each other: the optimizer that is split "
+                "between GPU and host keeps fp32 moments; use one of them"
+            )
         return self
 
 
@@ -199,6 +205,25 @@ class MemorySection(Section):
     """Modules whose saved inputs wait in host memory for backward: attn_norm, qkv_linear,
     core_attn, attn_proj, mlp_norm, expert_fc1, moe_act. Costs traffic to the host; needs a GPU.
     Changes no numbers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        offloaded, recomputed = set(self.offload_activations), set(self.recompute_modules)
+        if "attn_proj" in offloaded and "core_attn" not in offloaded:
+            raise ValueError(
+                "offload_activations: attn_proj needs core_attn, whose output it takes; add it"
+            )
+        if offloaded and self.recompute == "full":
+            raise ValueError(
+                "offload_activations has nothing to offload where recompute is full; use selective"
+            )
+        inside = offloaded & {"expert_fc1", "moe_act"}
+        if inside and self.recompute == "selective" and "moe" in recomputed:
+            raise ValueError(
+                f"offload_activations: {', '.join(sorted(inside))} would be computed again with "
+                "recompute_modules: moe; leave one out"
+            )
+        return self
 
 
 class MtpSection(Section):

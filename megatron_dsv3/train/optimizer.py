@@ -47,6 +47,8 @@ def _states(section: OptimizerSection) -> dict[str, Any]:
         }
     if section.offload_fraction > 0:
         options |= {
+            # Without it Megatron-Core holds a second set of masters on the GPU.
+            "use_precision_aware_optimizer": True,
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": section.offload_fraction,
             "overlap_cpu_optimizer_d2h_h2d": True,
@@ -98,7 +100,11 @@ def update(optimizer: Any) -> float:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=norm
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                # Where the optimizer keeps the masters, gradients are not in `.grad`.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
     return norm
