@@ -182,6 +182,10 @@ PAIRS = {
         "optimizer.moments=bf16",
         "optimizer.offload_fraction=0.5",
     ): "moments=bf16 and offload_fraction exclude each other",
+    (
+        "optimizer.gradients=bf16",
+        "precision.compute=fp32",
+    ): "optimizer.gradients=bf16 needs precision.compute=bf16",
     ("memory.offload_activations=[attn_proj]",): "attn_proj needs core_attn",
     (
         "memory.offload_activations=[moe_act]",

@@ -59,6 +59,11 @@ class Job(Section):
             problems.append(
                 f"train.global_batch_size {batch} is not divisible by micro_batch_size({micro})"
             )
+        if self.optimizer.gradients == "bf16" and self.precision.compute == "fp32":
+            problems.append(
+                "optimizer.gradients=bf16 needs precision.compute=bf16; fp32 weights have fp32 "
+                "gradients"
+            )
         parallel, multiple = self.parallel, self.row_multiple
         if self.data.seq_length % multiple:
             rounded = math.ceil(self.data.seq_length / multiple) * multiple
