@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Several processes, yet one session: one summary, one closing line.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help venv check test test-fast test-all quickstart clean
+.PHONY: help venv check test test-fast test-all test-gpu quickstart clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ test-fast: venv ## Only tests of seconds
 
 test-all: venv ## Every test, the wide matrices too
 	$(PYTEST) $(ARGS)
+
+test-gpu: venv ## Tests on a GPU with Transformer Engine, in one process
+	python -m pytest -m gpu $(ARGS)
 
 quickstart: venv ## Fine-tune a small DeepSeek-V3 and get a Hugging Face directory back, in minutes
 	bash examples/quickstart.sh $(ARGS)

@@ -59,6 +59,11 @@ class Job(Section):
             problems.append(
                 f"train.global_batch_size {batch} is not divisible by micro_batch_size({micro})"
             )
+        if self.optimizer.gradients == "bf16" and self.precision.compute == "fp32":
+            problems.append(
+                "optimizer.gradients=bf16 needs precision.compute=bf16; fp32 weights have fp32 "
+                "gradients"
+            )
         parallel, multiple = self.parallel, self.row_multiple
         if self.data.seq_length % multiple:
             rounded = math.ceil(self.data.seq_length / multiple) * multiple
@@ -119,7 +124,11 @@ class Job(Section):
     def backend_problems(self, device: Literal["cpu", "cuda"]) -> list[str]:
         """What this kind of device cannot do, and the nearest that it can."""
         if device == "cuda":
-            return []
+            fp32 = (
+                "precision.compute=fp32: no attention kernel of a GPU takes packed rows in fp32; "
+            )
+            fp32 += "use bf16, or train.device=cpu"
+            return [fp32] if self.precision.compute == "fp32" else []
         optimizer, memory, parallel = self.optimizer, self.memory, self.parallel
         rules = {
             "optimizer.moments=bf16 needs Transformer Engine on a GPU; use fp32": (

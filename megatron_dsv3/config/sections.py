@@ -75,7 +75,8 @@ class OptimizerSection(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the mean squared gradient."""
     weight_decay: NotNegative = 0.0
-    """Share of a weight that a step takes away, times the learning rate."""
+    """Share of a weight that a step takes away, times the learning rate. Norms, the 1-D weights,
+    are spared."""
     clip_grad: NotNegative = 1.0
     """Largest norm of the whole gradient, which is scaled down to it; 0: no limit."""
     moments: Literal["fp32", "bf16"] = "fp32"
@@ -86,7 +87,8 @@ class OptimizerSection(Section):
     loses what is 256 times smaller than the sum."""
     offload_fraction: Fraction = 0.0
     """Share of masters and moments that live, and are updated, in host memory: 12 bytes a parameter
-    off the GPU for about 10 times the time of the update; needs a GPU. Changes no numbers."""
+    off the GPU for about 10 times the time of the update; needs a GPU. Changes numbers by rounding
+    only: host and GPU add in other orders."""
     overlap_grad_reduce: bool = False
     """Reduce gradients among data-parallel ranks while backward still runs. Changes no numbers."""
     overlap_param_gather: bool = False
@@ -97,11 +99,16 @@ class OptimizerSection(Section):
     def _check(self) -> Self:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("overlap_param_gather needs overlap_grad_reduce; set both to true")
+        if self.moments == "bf16" and self.offload_fraction > 0:
+            raise ValueError(
+                "moments=bf16 and offload_fraction exclude each other: the optimizer that is split "
+                "between GPU and host keeps fp32 moments; use one of them"
+            )
         return self
 
 
 class ScheduleSection(Section):
-    """Learning rate over the run: linear warm-up, then decay to `min_lr` at the last step."""
+    """Learning rate over the run: linear warm-up, then decay to `min_lr`."""
 
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up; constant stays at the optimizer's lr."""
@@ -110,7 +117,8 @@ class ScheduleSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps of warm-up, instead of warmup_fraction."""
     min_lr: NotNegative = 0.0
-    """Learning rate at the last step."""
+    """Where the decay ends: after the last step, which is itself taken a little above it. At 0 a
+    step there would change nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -224,6 +232,25 @@ class MemorySection(Section):
     """Modules whose saved inputs wait in host memory for backward: attn_norm, qkv_linear,
     core_attn, attn_proj, mlp_norm, expert_fc1, moe_act. Costs traffic to the host; needs a GPU.
     Changes no numbers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        offloaded, recomputed = set(self.offload_activations), set(self.recompute_modules)
+        if "attn_proj" in offloaded and "core_attn" not in offloaded:
+            raise ValueError(
+                "offload_activations: attn_proj needs core_attn, whose output it takes; add it"
+            )
+        if offloaded and self.recompute == "full":
+            raise ValueError(
+                "offload_activations has nothing to offload where recompute is full; use selective"
+            )
+        inside = offloaded & {"expert_fc1", "moe_act"}
+        if inside and self.recompute == "selective" and "moe" in recomputed:
+            raise ValueError(
+                f"offload_activations: {', '.join(sorted(inside))} would be computed again with "
+                "recompute_modules: moe; leave one out"
+            )
+        return self
 
 
 class MtpSection(Section):

@@ -49,6 +49,8 @@ def _states(section: OptimizerSection) -> dict[str, Any]:
         }
     if section.offload_fraction > 0:
         options |= {
+            # Without it Megatron-Core holds a second set of masters on the GPU.
+            "use_precision_aware_optimizer": True,
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": section.offload_fraction,
             "overlap_cpu_optimizer_d2h_h2d": True,
@@ -59,7 +61,7 @@ def _states(section: OptimizerSection) -> dict[str, Any]:
 def build_schedule(
     section: ScheduleSection, optimizer: Any, *, max_lr: float, weight_decay: float, num_steps: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up to `max_lr`, then decay to `min_lr` at `num_steps`."""
+    """Linear warm-up to `max_lr`, then decay that reaches `min_lr` after `num_steps`."""
     warmup = section.warmup_steps
     if warmup is None:
         warmup = math.ceil((section.warmup_fraction or 0.0) * num_steps)
@@ -100,7 +102,11 @@ def update(optimizer: Any) -> float:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=norm
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                # Where the optimizer keeps the masters, gradients are not in `.grad`.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
     return norm
