@@ -11,12 +11,12 @@ from megatron_dsv3.data.chat import encode
 from megatron_dsv3.data.dataset import (
     EMPTY_SAMPLE,
     Position,
-    Sample,
     global_batches,
     load_samples,
     rank_micro_batches,
     sample_order,
 )
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.data.templates import TEMPLATES
 
 R1 = TEMPLATES["deepseek_r1"]

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from megatron_dsv3.data.chat import Encoded, HistoryReasoning, Rendered, render, tokenize
 from megatron_dsv3.data.messages import Conversation, expand_turns, parse_conversation
 from megatron_dsv3.data.sources import Row, read_rows
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.data.templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -29,16 +30,6 @@ TooLong = Literal["drop", "truncate", "error"]
 # Enough to keep all of the tokenizer's threads busy.
 _ROWS_PER_CALL = 512
 _NUM_LONGEST = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One document to train on. tokens: [n], int32; loss: [n], True where a token is a target."""
-
-    id: str
-    """`file:row`, and `#turn` where a row gave several samples."""
-    tokens: npt.NDArray[np.int32]
-    loss: npt.NDArray[np.bool_]
 
 
 EMPTY_SAMPLE = Sample("", np.zeros(0, np.int32), np.zeros(0, np.bool_))
