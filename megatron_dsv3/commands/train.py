@@ -20,15 +20,15 @@ from megatron_dsv3.config.placement import mtp_stage, place, stage_costs
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader, check_target, write_hf
 from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.chat import load_tokenizer
 from megatron_dsv3.data.dataset import (
-    Sample,
     Samples,
     global_batches,
     load_samples,
     rank_micro_batches,
 )
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.data.templates import TEMPLATES
+from megatron_dsv3.data.tokens import load_tokenizer
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config
