@@ -1,7 +1,9 @@
 """The parity gate: before the first step, the model in its layout against transformers' layers."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from itertools import batched, cycle, islice
@@ -102,19 +104,31 @@ def _verdict(
         dtype = bridge.chunks[0].config.params_dtype
         documents = [Document(s.id, torch.from_numpy(s.tokens).long()) for s in samples]
         try:
-            found[0] = compare(
-                HFLayers(hf_dir),
-                live,
-                documents,
-                losses=(losses.main, losses.mtp),
-                num_mtp=bridge.arch.num_mtp_layers,
-                tolerance=TOLERANCES[dtype],
-            )
+            with _all_cores():
+                found[0] = compare(
+                    HFLayers(hf_dir),
+                    live,
+                    documents,
+                    losses=(losses.main, losses.mtp),
+                    num_mtp=bridge.arch.num_mtp_layers,
+                    tolerance=TOLERANCES[dtype],
+                )
         except (ValueError, OSError) as error:
             found[0] = f"the parity gate could not compare: {error}"
     dist.broadcast_object_list(found, src=0, group=group)
     report: Report | str = found[0]
     return report
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """torchrun gives each process one thread; here the others of the node wait for this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _num_micro_batches(job: Job) -> int:
