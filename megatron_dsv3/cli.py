@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USER_ERROR = 2
+JOB_SUFFIXES = (".yaml", ".yml")
 
 
 @app.command()
@@ -107,6 +108,26 @@ def prepare(
         trust_remote_code=trust_remote_code,
         num_shown=show,
     )
+
+
+@app.command()
+def verify(
+    hf_dir: Annotated[
+        Path, typer.Argument(help="Hugging Face directory, the reference.", show_default=False)
+    ],
+    job: Annotated[Path, typer.Argument(help="Job file (.yaml, .yml).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings that replace the file's: section.name=value ..."),
+    ] = None,
+) -> None:
+    """Compare a job's model, in its layout, with transformers; alone or under torchrun."""
+    if job.suffix not in JOB_SUFFIXES:
+        raise ValueError(f"{job}: expected a job file ({', '.join(JOB_SUFFIXES)})")
+    settings = load_job(job, overrides or [])
+    from megatron_dsv3.commands import verify as command
+
+    command.run(hf_dir, settings, Console())
 
 
 @app.command()

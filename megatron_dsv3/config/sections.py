@@ -155,6 +155,10 @@ class TrainSection(Section):
     """For the order of samples, and for whatever else is random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: on GPUs where there are any."""
+    verify_first: bool = False
+    """Before the first step compare the model with transformers' layers, one at a time from the
+    files, and stop where they differ. Takes rank 0 one layer of memory in fp32 (46 GB for the
+    671B) and the time to read the files once."""
 
 
 class ValidationSection(Section):
