@@ -19,6 +19,8 @@ _TILE_BLOCKS = 64
 """A tile is 4 MiB of fp32; with 1 MiB the cost of calling torch takes a quarter of the time."""
 _SIGN_EXPONENT_MANTISSA = 0x87F00000 - (1 << 32)
 """Where `_decode` leaves an e4m3 byte's bits in an int32."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes: what holds a floating-point number's bits."""
 _SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 
@@ -80,13 +82,17 @@ def quantize(
     out = _output(weight, torch.float8_e4m3fn, out)
     largest = torch.empty(scale_shape(weight.shape), device=weight.device)
     scale_inv = torch.empty_like(largest)
-    scratch, magnitudes = _scratch(weight, torch.float32), _scratch(weight, torch.float32)
+    integer = _INTEGERS[weight.dtype.itemsize]
+    bits, without_sign = weight.view(integer), torch.iinfo(integer).max
+    scratch, magnitudes = _scratch(weight, torch.float32), _scratch(weight, integer)
     for rows, cols in _tiles(weight, (0, 0)):
         values = _fit(scratch, weight[rows, cols]).copy_(weight[rows, cols])
-        magnitude = torch.abs(values, out=_fit(magnitudes, values))
+        # Without their signs, floating-point numbers are in the order of their bits, Inf and NaN
+        # last; the largest of bf16's 16 bits is found in a quarter of fp32's time.
+        magnitude = torch.bitwise_and(bits[rows, cols], without_sign, out=_fit(magnitudes, values))
         blocks = slice(cols.start // BLOCK, -(-cols.stop // BLOCK))
         for block_row, part in _block_rows(rows, 0):
-            largest[block_row, blocks] = _block_maximum(magnitude[part])
+            largest[block_row, blocks] = _block_maximum(magnitude[part]).view(weight.dtype)
             scale_inv[block_row, blocks] = _scales(largest[block_row, blocks])
             values[part].div_(_per_column(scale_inv[block_row], cols, 0))
         out[rows, cols] = values
@@ -117,7 +123,7 @@ def _decode(bits: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _block_maximum(tile: Tensor) -> Tensor:
-    """[<= 128 rows, cols] -> the largest number of each 128 columns."""
+    """Numbers >= 0, [<= 128 rows, cols] -> the largest of each 128 columns."""
     columns = tile.amax(0)
     return F.pad(columns, (0, -columns.numel() % BLOCK)).view(-1, BLOCK).amax(1)
 
