@@ -6,6 +6,7 @@ in the processor's cache: operation after operation on the whole of it takes sev
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -96,13 +97,70 @@ def quantize(
             scale_inv[block_row, blocks] = _scales(largest[block_row, blocks])
             values[part].div_(_per_column(scale_inv[block_row], cols, 0))
         out[rows, cols] = values
-    if not largest.isfinite().all():
-        row, col = [BLOCK * i for i in (~largest.isfinite()).nonzero()[0].tolist()]
-        raise ValueError(
-            f"{name}: the block at [{row}:{row + BLOCK}, {col}:{col + BLOCK}] holds NaN or Inf, "
-            f"which FP8 cannot scale; export to bf16 to see the values"
-        )
+    _refuse_endless(largest, name)
     return out, scale_inv
+
+
+@dataclass(frozen=True, slots=True)
+class Requantized:
+    """A matrix in FP8, blocks of the original among it."""
+
+    weight: Tensor
+    scale_inv: Tensor
+    num_kept: int
+    """Blocks that have the original's bytes."""
+
+
+def requantize(
+    weight: Tensor,
+    original: tuple[Tensor, Tensor],
+    *,
+    name: str = "weight",
+    out: Tensor | None = None,
+) -> Requantized:
+    """Quantises, but a block that is exactly what the original stands for keeps its bytes.
+
+    DeepSeek's scales are not what `quantize` would choose for the numbers that they give: without
+    the original, weights that no training touched would come back changed.
+
+    Args:
+        weight: [rows, cols], bf16 or wider.
+        original: FP8 numbers and scales of the same shape; NaN among them is refused, too.
+        name: What to call it in errors.
+        out: Where to write FP8 numbers that are not the original's, instead of a new tensor.
+    """
+    fp8, scale_inv = original
+    before = dequantize(fp8, scale_inv).to(weight.dtype)
+    integer = _INTEGERS[weight.dtype.itemsize]
+    bits, bits_before = weight.view(integer), before.view(integer)
+    if torch.equal(bits, bits_before):
+        magnitude = bits_before.bitwise_and_(torch.iinfo(integer).max).amax()
+        if magnitude.view(weight.dtype).isfinite():
+            return Requantized(fp8, scale_inv, scale_inv.numel())
+    out, scales = quantize(weight, name=name, out=out)
+    kept = _equal_blocks(bits, bits_before)
+    for row, col in kept.nonzero().tolist():
+        rows, cols = [slice(BLOCK * i, BLOCK * i + BLOCK) for i in (row, col)]
+        out[rows, cols] = fp8[rows, cols]
+    return Requantized(out, torch.where(kept, scale_inv, scales), int(kept.sum()))
+
+
+def _equal_blocks(a: Tensor, b: Tensor) -> Tensor:
+    """Whether two matrices are equal, block by block."""
+    differs = (a != b).view(torch.uint8)
+    rows = [_block_maximum(differs[part]) for _, part in _block_rows(slice(0, differs.shape[0]), 0)]
+    return torch.stack(rows) == 0
+
+
+def _refuse_endless(largest: Tensor, name: str) -> None:
+    """Raises ValueError where a block's largest magnitude is Inf or NaN."""
+    if largest.isfinite().all():
+        return
+    row, col = [BLOCK * i for i in (~largest.isfinite()).nonzero()[0].tolist()]
+    raise ValueError(
+        f"{name}: the block at [{row}:{row + BLOCK}, {col}:{col + BLOCK}] holds NaN or Inf, "
+        f"which FP8 cannot scale; export to bf16 to see the values"
+    )
 
 
 def _decode(bits: Tensor, scratch: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+"""Writes one planned shard of a Hugging Face directory, holding some rows of one tensor.
+
+What it costs in accuracy is measured on the way, while the numbers are in the processor's cache.
+"""
+
+from collections.abc import Container, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_dsv3.convert.error_report import Error, TensorError
+from megatron_dsv3.convert.fp8 import (
+    BLOCK,
+    SCALE_SUFFIX,
+    Requantized,
+    dequantize,
+    quantize,
+    requantize,
+)
+from megatron_dsv3.convert.hf_index import listed
+from megatron_dsv3.convert.hf_io import HFReader
+from megatron_dsv3.convert.hf_plan import PlannedTensor, ShardPlan
+from megatron_dsv3.convert.safetensors_file import SafetensorsWriter, TensorInfo
+from megatron_dsv3.convert.sources import Source
+from megatron_dsv3.convert.tensors import row_spans
+
+_ELEMENTS = 1 << 21
+"""Of a tensor at a time: more gains nothing, and a process needs about 20 bytes for each."""
+
+
+def write_shard(
+    shard: ShardPlan, source: Source, directory: Path, *, original: HFReader | None = None
+) -> list[TensorError]:
+    """Writes and syncs a shard.
+
+    Args:
+        shard: What goes into it.
+        source: Where the numbers come from.
+        directory: Where the file goes; one of its name is overwritten.
+        original: An FP8 checkpoint whose bytes are kept where they stand for the same numbers.
+
+    Returns:
+        The error of each tensor.
+    """
+    with SafetensorsWriter(directory / shard.file, shard.layout) as writer:
+        return [_write_tensor(tensor, source, writer, original) for tensor in shard.tensors]
+
+
+def check_original(original: HFReader, shards: Sequence[ShardPlan]) -> None:
+    """Whether an FP8 checkpoint has what this plan would take from it.
+
+    Raises:
+        ValueError: All tensors that it lacks, or has in another shape or type.
+    """
+    known = set(original.names())
+    wrong = [
+        f"{tensor.name} expected {tensor.info} got {_stored_as(original, tensor.name, known)}"
+        for shard in shards
+        for tensor in shard.tensors
+        if tensor.is_fp8
+        and (
+            tensor.name not in known
+            or not original.is_fp8(tensor.name)
+            or original.shape(tensor.name) != tensor.info.shape
+        )
+    ]
+    if wrong:
+        problem = listed("tensors are not those whose scales are to be kept", wrong)
+        raise ValueError(
+            f"{original.directory}: {problem}; name the FP8 checkpoint that training started from"
+        )
+
+
+def _stored_as(original: HFReader, name: str, known: Container[str]) -> str:
+    if name not in known:
+        return "nothing"
+    kind = torch.float8_e4m3fn if original.is_fp8(name) else original.dtype(name)
+    return str(TensorInfo(kind, original.shape(name)))
+
+
+def _write_tensor(
+    tensor: PlannedTensor, source: Source, writer: SafetensorsWriter, original: HFReader | None
+) -> TensorError:
+    errors = [
+        _write_rows(tensor, rows, source.read(tensor.original, rows), writer, original)
+        for rows in row_spans(tensor.info.shape, elements=_ELEMENTS, multiple=BLOCK)
+    ]
+    return TensorError(tensor.name, tensor.kind, Error.total(errors))
+
+
+def _write_rows(
+    tensor: PlannedTensor,
+    rows: slice,
+    read: Tensor,
+    writer: SafetensorsWriter,
+    original: HFReader | None,
+) -> Error:
+    """Writes some rows, whole blocks of them."""
+    if not tensor.is_fp8:
+        kept = read.to(tensor.info.dtype)
+        writer.append(tensor.name, kept)
+        is_exact = torch.promote_types(read.dtype, kept.dtype) == kept.dtype
+        return Error() if is_exact else _error(read, kept.float())
+    if original is None:
+        result = Requantized(*quantize(read, name=tensor.name), num_kept=0)
+    else:
+        result = requantize(read, original.read_fp8(tensor.name, rows), name=tensor.name)
+    writer.append(tensor.name, result.weight)
+    writer.append(tensor.name + SCALE_SUFFIX, result.scale_inv)
+    blocks = result.scale_inv.numel()
+    # What a reader of the checkpoint will have: rounded to bf16, not the product in fp32.
+    back = dequantize(result.weight, result.scale_inv).float()
+    return replace(_error(read, back), num_blocks=blocks, num_kept=result.num_kept)
+
+
+def _error(read: Tensor, back: Tensor) -> Error:
+    before = read.float().flatten()
+    difference = back.flatten().sub_(before)
+    return Error(float(difference.dot(difference)), float(before.dot(before)))
