@@ -1,4 +1,4 @@
-"""Small DeepSeek-V3 checkpoints in BF16 and in DeepSeek's FP8, as the converter's tests use them."""
+"""Small DeepSeek-V3 checkpoints in BF16 and in DeepSeek's FP8, for tests of the converter."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Shards planned from the architecture alone, held against the published checkpoint's figures."""
 
+import functools
+import itertools
 import time
 from collections import Counter
 from dataclasses import replace
@@ -18,9 +20,14 @@ SMALL = replace(
 )
 
 
+@functools.cache
+def v3():
+    return plan_shards(DEEPSEEK_V3, precision="fp8")
+
+
 def test_the_whole_v3_is_planned_with_its_published_names_and_scales_in_a_minute():
     began = time.perf_counter()
-    shards = plan_shards(DEEPSEEK_V3, precision="fp8")
+    shards = v3()
     names = Counter(name for shard in shards for name in shard.layout)
     assert time.perf_counter() - began < 60
     assert len(names) == names.total() == 91_991
@@ -35,8 +42,7 @@ def test_the_whole_v3_is_planned_with_its_published_names_and_scales_in_a_minute
 
 
 def test_types_of_the_fp8_checkpoint_are_deepseeks():
-    shards = plan_shards(DEEPSEEK_V3, precision="fp8")
-    layout = {name: info for shard in shards for name, info in shard.layout.items()}
+    layout = {name: info for shard in v3() for name, info in shard.layout.items()}
     expected = {
         "model.embed_tokens.weight": "torch.bfloat16 [129280, 7168]",
         "model.layers.0.mlp.gate_proj.weight": "torch.float8_e4m3fn [18432, 7168]",
@@ -66,7 +72,7 @@ def test_shards_keep_to_their_size_and_scales_stay_beside_their_weight(precision
 
 def test_shards_are_as_full_as_they_can_be():
     shards = plan_shards(SMALL, precision="bf16", shard_bytes=3_000_000)
-    for shard, following in zip(shards, shards[1:], strict=False):
+    for shard, following in itertools.pairwise(shards):
         assert shard.nbytes + following.tensors[0].nbytes > 3_000_000
 
 
@@ -91,7 +97,7 @@ def test_every_tensor_of_transformers_is_planned_and_copies_know_their_original(
 
 
 def test_kinds_are_names_without_layer_and_expert():
-    kinds = {t.kind for s in plan_shards(DEEPSEEK_V3, precision="bf16") for t in s.tensors}
+    kinds = {t.kind for s in v3() for t in s.tensors}
     assert "mlp.experts.*.gate_proj.weight" in kinds
     assert "mlp.shared_experts.up_proj.weight" in kinds
     assert "model.embed_tokens.weight" in kinds
