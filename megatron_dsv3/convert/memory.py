@@ -16,9 +16,8 @@ _PROCESS_BYTES = 480_000_000
 """Python, torch, and what a worker knows about 46,183 tensors and where they are."""
 _COPIES = 4
 """Pieces that a worker holds at once: read, computed, and two in the buffers of both."""
-_SMALLEST_PIECE = 4_000_000
-LARGEST_PIECE = 64_000_000
-"""Larger ones are not faster: this is a second or less of one core's work."""
+PIECE_BYTES = 32_000_000
+"""Largest part of a tensor that a worker holds. An expert's matrix fits; larger gains nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +29,25 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Raises ValueError if the workers could not work under this cap."""
-        least = self.needed_bytes(_SMALLEST_PIECE)
         if self.num_workers < 1:
             raise ValueError(f"workers: expected at least 1, got {self.num_workers}")
+        least = self.needed_bytes
         if self.max_bytes < least:
             raise ValueError(
                 f"max memory of {self.max_bytes:,} bytes is too little for {self.num_workers} "
                 f"workers, which need {least:,}; allow more or take fewer workers"
             )
 
-    def needed_bytes(self, piece_bytes: int) -> int:
-        """What all processes together take at most."""
-        return _PROCESS_BYTES * (self.num_workers + 1) + _COPIES * piece_bytes * self.num_workers
+    @property
+    def needed_bytes(self) -> int:
+        """What all processes together take at most, whatever the size of the model."""
+        pieces = _COPIES * PIECE_BYTES * self.num_workers
+        return _PROCESS_BYTES * (self.num_workers + 1) + pieces
 
     @property
     def piece_bytes(self) -> int:
         """Largest part of a tensor that a worker may hold."""
-        free = self.max_bytes - self.needed_bytes(0)
-        return min(LARGEST_PIECE, free // (_COPIES * self.num_workers))
+        return PIECE_BYTES
 
 
 def resident_bytes(pids: Iterable[int]) -> int:

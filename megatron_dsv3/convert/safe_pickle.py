@@ -142,7 +142,14 @@ def load_archive(archive: zipfile.ZipFile, where: str) -> Any:
     names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(names) != 1:
         raise ValueError(f"{where}: expected one data.pkl in it, got {names}; it is damaged")
-    return _load(archive.read(names[0]), _ARCHIVE, where)
+    entry = archive.getinfo(names[0])
+    if entry.CRC == 0:  # torch.serialization.set_crc32_options(False)
+        del entry.CRC
+    try:
+        content = archive.read(entry)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{where}: truncated or damaged ({error}); copy it again") from None
+    return _load(content, _ARCHIVE, where)
 
 
 def _load(content: bytes, admitted: Mapping[str, Any], where: str) -> Any:

@@ -5,6 +5,7 @@ MTP block's embedding and head). Sources can be sent to another process; files a
 are read.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
@@ -180,3 +182,15 @@ def _masters(directory: Path, infos: Mapping[str, TensorInfo]) -> dict[str, str]
             f"read; save it as fully_reshardable, or convert the weights"
         )
     raise ValueError(f"{directory}: holds weights without masters; convert the weights")
+
+
+def fingerprint(directory: Path) -> str:
+    """Tells a checkpoint from any other, and from itself once it was written anew."""
+    files = sorted(
+        file
+        for kind in ("*.safetensors*", "*.distcp", ".metadata")
+        for file in directory.glob(kind)
+    )
+    # Two fine-tuned copies of a model have the same names and sizes: only times tell them apart.
+    marks = [(f.name, (stat := f.stat()).st_size, int(stat.st_mtime)) for f in files]
+    return xxhash.xxh3_128_hexdigest(json.dumps(marks))
