@@ -219,7 +219,7 @@ def write_hf(
         template: A checkpoint whose tokenizer, generation config and remote code are taken over.
         shard_bytes: Largest shard; a larger tensor gets one of its own.
     """
-    files = [] if template is None else _tokenizer_files(template)
+    files = [] if template is None else tokenizer_files(template)
     with staging_directory(directory) as staging:
         shards = [
             _write_shard(staging / _unnumbered(number), shard)
@@ -236,13 +236,14 @@ def write_hf(
 
 def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
     """Copies what belongs to a model besides weights and config.json; gives the names."""
-    files = _tokenizer_files(source)
+    files = tokenizer_files(source)
     for file in files:
         shutil.copyfile(file, target / file.name)
     return [file.name for file in files]
 
 
-def _tokenizer_files(source: Path) -> list[Path]:
+def tokenizer_files(source: Path) -> list[Path]:
+    """What belongs to a model besides weights and config.json."""
     if not source.is_dir():
         raise ValueError(f"{source}: no such directory; expected tokenizer files in it")
     files = {file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}

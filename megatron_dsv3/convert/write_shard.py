@@ -3,8 +3,8 @@
 What it costs in accuracy is measured on the way, while the numbers are in the processor's cache.
 """
 
-from collections.abc import Container, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from megatron_dsv3.convert.fp8 import (
 from megatron_dsv3.convert.hf_index import listed
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.hf_plan import PlannedTensor, ShardPlan
+from megatron_dsv3.convert.memory import PIECE_BYTES
 from megatron_dsv3.convert.safetensors_file import SafetensorsWriter, TensorInfo
 from megatron_dsv3.convert.sources import Source
 from megatron_dsv3.convert.tensors import row_spans
@@ -31,21 +32,33 @@ _ELEMENTS = 1 << 21
 
 
 def write_shard(
-    shard: ShardPlan, source: Source, directory: Path, *, original: HFReader | None = None
+    shard: ShardPlan,
+    source: Source,
+    path: Path,
+    *,
+    original: HFReader | None = None,
+    piece_bytes: int = PIECE_BYTES,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> list[TensorError]:
     """Writes and syncs a shard.
 
     Args:
         shard: What goes into it.
         source: Where the numbers come from.
-        directory: Where the file goes; one of its name is overwritten.
+        path: The file; one that exists is overwritten.
         original: An FP8 checkpoint whose bytes are kept where they stand for the same numbers.
+        piece_bytes: Most that is held of a tensor in fp32, if 128 rows of it are not more.
+        on_bytes: Told the bytes of each piece that was written.
 
     Returns:
         The error of each tensor.
     """
-    with SafetensorsWriter(directory / shard.file, shard.layout) as writer:
-        return [_write_tensor(tensor, source, writer, original) for tensor in shard.tensors]
+    elements = min(_ELEMENTS, piece_bytes // 4)
+    with SafetensorsWriter(path, shard.layout) as writer:
+        return [
+            _write_tensor(tensor, source, _Target(writer, original, on_bytes), elements)
+            for tensor in shard.tensors
+        ]
 
 
 def check_original(original: HFReader, shards: Sequence[ShardPlan]) -> None:
@@ -80,39 +93,48 @@ def _stored_as(original: HFReader, name: str, known: Container[str]) -> str:
     return str(TensorInfo(kind, original.shape(name)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where rows of a tensor go."""
+
+    writer: SafetensorsWriter
+    original: HFReader | None
+    on_bytes: Callable[[int], None]
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """Writes the next rows."""
+        self.writer.append(name, rows)
+        self.on_bytes(rows.nbytes)
+
+
 def _write_tensor(
-    tensor: PlannedTensor, source: Source, writer: SafetensorsWriter, original: HFReader | None
+    tensor: PlannedTensor, source: Source, target: _Target, elements: int
 ) -> TensorError:
     errors = [
-        _write_rows(tensor, rows, source.read(tensor.original, rows), writer, original)
-        for rows in row_spans(tensor.info.shape, elements=_ELEMENTS, multiple=BLOCK)
+        _write_rows(tensor, rows, source.read(tensor.original, rows), target)
+        for rows in row_spans(tensor.info.shape, elements=elements, multiple=BLOCK)
     ]
     return TensorError(tensor.name, tensor.kind, Error.total(errors))
 
 
-def _write_rows(
-    tensor: PlannedTensor,
-    rows: slice,
-    read: Tensor,
-    writer: SafetensorsWriter,
-    original: HFReader | None,
-) -> Error:
+def _write_rows(tensor: PlannedTensor, rows: slice, read: Tensor, target: _Target) -> Error:
     """Writes some rows, whole blocks of them."""
     if not tensor.is_fp8:
         kept = read.to(tensor.info.dtype)
-        writer.append(tensor.name, kept)
+        target.append(tensor.name, kept)
         is_exact = torch.promote_types(read.dtype, kept.dtype) == kept.dtype
         return Error() if is_exact else _error(read, kept.float())
-    if original is None:
+    if target.original is None:
         result = Requantized(*quantize(read, name=tensor.name), num_kept=0)
     else:
-        result = requantize(read, original.read_fp8(tensor.name, rows), name=tensor.name)
-    writer.append(tensor.name, result.weight)
-    writer.append(tensor.name + SCALE_SUFFIX, result.scale_inv)
-    blocks = result.scale_inv.numel()
+        kept_from = target.original.read_fp8(tensor.name, rows)
+        result = requantize(read, kept_from, name=tensor.name)
+    target.append(tensor.name, result.weight)
+    target.append(tensor.name + SCALE_SUFFIX, result.scale_inv)
     # What a reader of the checkpoint will have: rounded to bf16, not the product in fp32.
     back = dequantize(result.weight, result.scale_inv).float()
-    return replace(_error(read, back), num_blocks=blocks, num_kept=result.num_kept)
+    counts = {"num_blocks": result.scale_inv.numel(), "num_kept": result.num_kept}
+    return replace(_error(read, back), **counts)
 
 
 def _error(read: Tensor, back: Tensor) -> Error:
