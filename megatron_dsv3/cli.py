@@ -23,11 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USER_ERROR = 2
-<<<<<<< HEAD
 JOB_SUFFIXES = (".yaml", ".yml")
-=======
 DIFFERENT = 1
->>>>>>> a6a2ba1ba1a3890bd859a75abd09490335c354fb
 
 
 @app.command()
@@ -115,26 +112,6 @@ def prepare(
 
 
 @app.command()
-def verify(
-    hf_dir: Annotated[
-        Path, typer.Argument(help="Hugging Face directory, the reference.", show_default=False)
-    ],
-    job: Annotated[Path, typer.Argument(help="Job file (.yaml, .yml).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings that replace the file's: section.name=value ..."),
-    ] = None,
-) -> None:
-    """Compare a job's model, in its layout, with transformers; alone or under torchrun."""
-    if job.suffix not in JOB_SUFFIXES:
-        raise ValueError(f"{job}: expected a job file ({', '.join(JOB_SUFFIXES)})")
-    settings = load_job(job, overrides or [])
-    from megatron_dsv3.commands import verify as command
-
-    command.run(hf_dir, settings, Console())
-
-
-@app.command()
 def report(
     runs: Annotated[
         list[Path],
@@ -153,22 +130,45 @@ def report(
 
 @app.command()
 def verify(
-    a: Annotated[
+    reference: Annotated[
         Path,
-        typer.Argument(help="The reference: a Hugging Face or Megatron directory.", metavar="A"),
+        typer.Argument(
+            help="Hugging Face directory or Megatron checkpoint: what is right.",
+            show_default=False,
+        ),
     ],
-    b: Annotated[
-        Path, typer.Argument(help="What is held against it: one of either kind.", metavar="B")
+    other: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint of either kind, or a job file (.yaml, .yml).", show_default=False
+        ),
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="With a job: settings that replace the file's, section.name=value ..."),
+    ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Relative error of a tensor that passes; 0: bit for bit.", min=0)
+        float,
+        typer.Option(help="Of two checkpoints: relative error of a tensor that passes.", min=0),
     ] = 0.0,
-    workers: Annotated[int, typer.Option(help="Threads.", min=1)] = 2,
+    workers: Annotated[int, typer.Option(help="Of two checkpoints: threads.", min=1)] = 2,
 ) -> None:
-    """Compare two checkpoints tensor by tensor; exit code 1 where they differ."""
-    from megatron_dsv3.commands import compare as command
+    """Compare two checkpoints tensor by tensor, or a job's model with transformers' layers.
 
-    if not command.run(a, b, Console(), tolerance=tolerance, workers=workers):
+    Exit code 1 where two checkpoints differ. A job's model is compared in its layout, alone or
+    under torchrun.
+    """
+    if other.suffix in JOB_SUFFIXES:
+        settings = load_job(other, overrides or [])
+        from megatron_dsv3.commands import verify as gate
+
+        gate.run(reference, settings, Console())
+        return
+    if overrides:
+        raise ValueError(f"{other} is no job file; nothing can be set on it: {overrides}")
+    from megatron_dsv3.commands import compare
+
+    if not compare.run(reference, other, Console(), tolerance=tolerance, workers=workers):
         raise typer.Exit(DIFFERENT)
 
 
