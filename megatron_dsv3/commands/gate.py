@@ -23,7 +23,7 @@ from megatron_dsv3.convert.hf_layers import HFLayers
 from megatron_dsv3.convert.live_capture import NO_DOCUMENT, Capture, Gathered
 from megatron_dsv3.convert.parity_gate import TOLERANCES, Document, Report, compare
 from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.dataset import Sample
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model.groups import SharedError
 from megatron_dsv3.train.spikes import NonFiniteError
 from megatron_dsv3.train.step import Losses, TrainStep, to_row

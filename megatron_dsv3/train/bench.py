@@ -27,7 +27,7 @@ from megatron_dsv3.config.sections import (
     PrecisionSection,
 )
 from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.dataset import Sample
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups
