@@ -81,7 +81,7 @@ def _packed(num_documents: int, device: torch.device) -> PackedRow:
         cu_seqlens_kv=bounds,
         max_seqlen_q=LENGTH,
         max_seqlen_kv=LENGTH,
-        documents=torch.arange(num_documents, device=device).repeat_interleave(LENGTH),
+        documents=torch.arange(num_documents, device=device).repeat_interleave(LENGTH).repeat(2, 1),
         num_documents=num_documents,
     )
 

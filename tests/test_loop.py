@@ -218,6 +218,15 @@ def test_a_step_that_fails_is_named_and_the_sinks_are_closed(kind):
     assert run.schedule.num_steps == 1
 
 
+def test_an_error_with_another_constructor_is_named_as_a_value_error():
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    with pytest.raises(
+        ValueError, match=r"^step 1: 'utf-8' codec can't decode byte 0xff"
+    ) as raised:
+        train(_run(Step(fails_at=1, error=error)), _batches())
+    assert raised.value.__cause__ is error
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
 def test_other_errors_pass_as_they_are_and_close_the_sinks(error):
     sink = Recorder()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -100,6 +101,38 @@ def test_records_are_read_back_as_they_were(tmp_path):
     assert read_metrics(tmp_path / "new" / "log") == records
 
 
+def test_a_figure_that_is_not_finite_is_null_in_json_and_nan_when_read_back(tmp_path):
+    sink = FileSink(tmp_path)
+    sink.log(replace(RECORD, loss=math.nan, grad_norm=math.inf, skipped="loss is nan"))
+    sink.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    values = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert values["loss"] is values["grad_norm"] is None
+    [record] = read_metrics(tmp_path)
+    assert math.isnan(record.loss)
+    assert math.isnan(record.grad_norm)
+    assert replace(record, loss=1.0, grad_norm=1.0, skipped=None) == replace(
+        RECORD, loss=1.0, grad_norm=1.0
+    )
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "expert_load.jsonl"])
+def test_half_a_line_that_a_crash_left_is_passed_over_and_the_next_run_cuts_it_off(tmp_path, file):
+    sink = FileSink(tmp_path)
+    sink.log(RECORD)
+    sink.log_expert_load(7, {1: [1, 2]})
+    sink.close()
+    whole = (tmp_path / file).read_bytes()
+    with (tmp_path / file).open("ab") as lines:
+        lines.write(whole[: len(whole) // 2])
+    assert read_metrics(tmp_path) == [RECORD]
+    sink = FileSink(tmp_path)
+    assert (tmp_path / file).read_bytes() == whole
+    sink.log(replace(RECORD, step=8))
+    sink.close()
+    assert read_metrics(tmp_path) == [RECORD, replace(RECORD, step=8)]
+
+
 def test_a_second_run_into_one_directory_adds_to_it(tmp_path):
     for step in (1, 2):
         sink = FileSink(tmp_path)
@@ -159,7 +192,7 @@ def test_expert_loads_are_lines_of_json_and_a_heat_map(tmp_path):
 
 
 def test_a_directory_without_metrics_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"absent/metrics.jsonl: no such file; expected the log"):
+    with pytest.raises(ValueError, match=r"absent: no such directory; expected the log"):
         read_metrics(tmp_path / "absent")
 
 

@@ -93,6 +93,24 @@ def test_all_problems_are_reported_at_once():
     assert [p.startswith(s) for p, s in zip(problems, starts, strict=True)] == [True] * 7
 
 
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "message"),
+    [
+        ({}, 8, r"^num_optimizer_instances 3 must divide both dp\(8\) \* cp\(1\) = 8 and edp\(8\); "
+         r"use one of 1, 2, 4, 8$"),
+        ({"cp_size": 3, "ep_size": 3}, 6, r"dp\(2\) \* cp\(3\) = 6 and edp\(2\); use one of 1, 2$"),
+        ({"tp_size": 3, "etp_size": 1}, 3, r"dp\(1\) \* cp\(1\) = 1 and edp\(3\); use one of 1$"),
+    ],
+)  # fmt: skip
+def test_optimizer_instances_divide_the_copies_of_every_weight(sizes, world_size, message):
+    parallel = Parallel(num_optimizer_instances=3, **sizes)
+    problems = [p for p in parallel.problems(DEEPSEEK_V3, world_size) if "instances" in p]
+    assert len(problems) == 1
+    assert re.search(message, problems[0])
+    both = Parallel(num_optimizer_instances=2, cp_size=2, ep_size=2)
+    assert both.problems(DEEPSEEK_V3, 4) == []
+
+
 def test_the_published_layouts_fit_v3():
     assert Parallel(tp_size=2, pp_size=8, ep_size=32).problems(DEEPSEEK_V3, 256) == []
     assert Parallel(pp_size=16, ep_size=64).problems(DEEPSEEK_V3, 2048) == []

@@ -199,7 +199,7 @@ def test_packed_documents_do_not_see_one_another(make, tokens):
         cu_seqlens_kv=bounds,
         max_seqlen_q=LENGTH,
         max_seqlen_kv=LENGTH,
-        documents=torch.arange(2).repeat_interleave(LENGTH),
+        documents=torch.arange(2).repeat_interleave(LENGTH).repeat(2, 1),
         num_documents=2,
     )
     positions = torch.arange(LENGTH).repeat(2)[None]

@@ -379,14 +379,27 @@ def test_both_losses_add_up_and_neither_is_there_in_evaluation(make):
 # Documents on their way to the router
 
 
-def _layer(tp_rank: int = 0, tp_size: int = 1) -> Any:
+def _layer(tp_rank: int = 0, tp_size: int = 1, *, mtp_depth: int = 0) -> Any:
     group = SimpleNamespace(rank=lambda: tp_rank, size=lambda: tp_size)
     config = SimpleNamespace(sequence_parallel=tp_size > 1)
-    return SimpleNamespace(config=config, pg_collection=SimpleNamespace(tp=group))
+    return SimpleNamespace(
+        config=config,
+        pg_collection=SimpleNamespace(tp=group),
+        is_mtp_layer=mtp_depth > 0,
+        layer_number=mtp_depth or 7,
+    )
 
 
-def _row(documents: list[int], count: int) -> PackedRow:
-    return PackedRow(documents=torch.tensor(documents), num_documents=count)
+def _row(documents: list[int], count: int, *more: list[int]) -> PackedRow:
+    """`more`: of the MTP depths."""
+    return PackedRow(documents=torch.tensor([documents, *more]), num_documents=count)
+
+
+def test_an_mtp_layer_takes_the_documents_of_its_depth():
+    row = _row([0, 0, 0, 1], 2, [0, 0, -1, -1], [0, -1, -1, -1])
+    for depth, counted in enumerate(([True] * 4, [True] * 2 + [False] * 2, [True] + [False] * 3)):
+        members = DeepseekV3Layer._membership(_layer(mtp_depth=depth), row)
+        assert members.any(-1).tolist() == [counted]
 
 
 def test_a_token_belongs_to_its_document_and_padding_to_none():

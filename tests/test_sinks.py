@@ -1,6 +1,7 @@
 """Weights & Biases and MLflow, as stand-ins that note what they are told."""
 
 import logging
+import math
 import sys
 import threading
 from importlib.machinery import ModuleSpec
@@ -11,8 +12,8 @@ import pytest
 from test_run_log import record
 
 from megatron_dsv3.train import sinks
-from megatron_dsv3.train.metrics import StepRecord
-from megatron_dsv3.train.sinks import TrackedRun, scalars, start_trackers, tracker_problems
+from megatron_dsv3.train.metrics import StepRecord, scalars
+from megatron_dsv3.train.sinks import TrackedRun, start_trackers, tracker_problems
 
 CONFIG = {"optimizer": {"lr": 2e-7}, "data": {"paths": ["a", "b"]}, "log": {"dir": None}}
 FIGURES = {
@@ -117,6 +118,8 @@ def test_figures_have_the_names_of_tensorboard_and_none_is_invented():
         "train/validation_loss": 3.5,
         "train/num_skipped": 2.0,
     }
+    lost = step(1, loss=math.nan, grad_norm=math.inf)
+    assert FIGURES.keys() - scalars(lost).keys() == {"train/loss", "train/grad_norm"}
 
 
 # Weights & Biases

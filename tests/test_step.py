@@ -143,7 +143,11 @@ def test_a_row_is_the_samples_end_to_end(groups):
 def test_padding_belongs_to_no_document_and_lies_within_the_bounds_of_its_own(groups):
     row = to_row(_batch(_sample(3, "a"), EMPTY_SAMPLE, _sample(4, "b"), length=4), groups)
     packed = row.packed
-    assert packed.documents.tolist() == [0, 0, 0, -1, -1, -1, -1, -1, 2, 2, 2, 2]
+    assert packed.documents.tolist() == [
+        [0, 0, 0, -1, -1, -1, -1, -1, 2, 2, 2, 2],
+        [0, 0, -1, -1, -1, -1, -1, -1, 2, 2, 2, -1],  # the last has no next one
+        [0, -1, -1, -1, -1, -1, -1, -1, 2, 2, -1, -1],
+    ]
     assert packed.num_documents == 3
     for bounds in (packed.cu_seqlens_q, packed.cu_seqlens_kv):
         assert (bounds.tolist(), bounds.dtype) == ([0, 4, 8, 12], torch.int32)
@@ -165,7 +169,7 @@ def test_context_parallel_ranks_share_each_document_and_keep_token_and_target_to
 
     def columns(row):
         """A token and all that is said of it."""
-        documents = row.packed.documents[None]
+        documents = row.packed.documents
         parts = (row.tokens, row.position_ids, documents, row.labels[:, 0], row.loss_mask[:, 0])
         return torch.cat([part.double() for part in parts]).T.tolist()
 
@@ -305,9 +309,12 @@ def test_the_routers_losses_are_means_over_the_documents_and_tokens_of_the_step(
     for hidden, batch in zip(inputs, micro_batches, strict=True):
         rows = (hidden @ weight.T).split(LENGTH)
         lengths = (~batch.padding).sum(1).tolist()
-        documents += [row[:n] for row, n in zip(rows, lengths, strict=True) if n]
+        # The last router is of depth 2, which has no second next token for a document's last two.
+        documents += [row[: n - 2] for row, n in zip(rows, lengths, strict=True) if n]
     squares = torch.cat(documents).logsumexp(-1).square()
-    expected = 0.1 * torch.stack([_balance(d) for d in documents]).mean() + 0.01 * squares.mean()
+    expected = (
+        0.1 * torch.stack([_balance(d) for d in documents]).mean() + 0.01 * squares.sum() / 41
+    )
     (gradient,) = torch.autograd.grad(expected, weight)
     name = next(n for n in reversed(plain.gradients()) if n.endswith("mlp.gate.weight"))
     difference = trainee.gradients()[name] - plain.gradients()[name]
@@ -367,10 +374,15 @@ def test_a_step_changes_the_weights_and_leaves_the_next_one_clean(make):
 
 
 def _record_loads(step: TrainStep, batches: list[Batch]) -> list[Tensor]:
-    """Fills with each router's choices of real tokens while the step runs."""
+    """Fills with each router's choices of real tokens while the step runs.
+
+    The main model's layer, then an MTP layer a depth: depth k has no k-th next token at the end of
+    a document.
+    """
     loads = [torch.zeros(16) for _ in step.routers]
-    for load, router in zip(loads, step.routers, strict=True):
-        real = iter([~batch.padding.flatten() for batch in batches])
+    for depth, (load, router) in enumerate(zip(loads, step.routers, strict=True)):
+        lengths = [(~batch.padding).sum(1, keepdim=True) - depth for batch in batches]
+        real = iter([(torch.arange(LENGTH) < length).flatten() for length in lengths])
 
         def add(_, __, output, load=load, real=real):
             load += output[1][next(real)].sum(0)
@@ -384,7 +396,7 @@ def test_expert_balance_is_the_largest_load_over_the_mean_by_hand(make):
     batches = [_batch(*SAMPLES[:3]), _batch(SAMPLES[3], EMPTY_SAMPLE)]
     loads = _record_loads(trainee.step, batches)
     result = trainee.step(batches)
-    assert all(load.sum() == 41 * 4 for load in loads)
+    assert [load.sum() for load in loads] == [41 * 4, (41 - 4) * 4, (41 - 8) * 4]
     expected = sum(float(load.max() / load.mean()) for load in loads) / len(loads)
     assert result.expert_balance == pytest.approx(expected, rel=1e-6)
 
@@ -415,6 +427,14 @@ def test_evaluation_gives_the_losses_of_a_step_and_leaves_no_trace(make):
     assert losses == result.losses
     assert result.losses == expected.losses
     assert result.grad_norm == expected.grad_norm
+
+
+def test_an_evaluation_that_fails_leaves_the_model_training(make):
+    trainee = make()
+    trainee.bridge.chunks[0].output_layer.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainee.step.evaluate([_batch(*SAMPLES)])
+    assert all(chunk.training for chunk in trainee.step.chunks)
 
 
 def test_evaluation_of_nothing_counted_is_zero(make):
@@ -490,6 +510,25 @@ def test_a_loss_far_above_those_before_it_is_not_trained_on(make, action):
         assert re.match(message, trainee.step([_batch(*SAMPLES)]).skipped)
     changed = [n for n, t in trainee.tensors().items() if not torch.equal(t, before[n])]
     assert not changed
+
+
+@pytest.mark.parametrize("kind", ["gradient", "spike"])
+def test_every_rank_names_the_samples_of_the_global_batch(make, groups, monkeypatch, kind):
+    """As if there were another data-parallel rank, whose half batch is filled up."""
+    trainee, over = make(spikes=SKIP), []
+
+    def all_gather_object(everyones, mine, group=None):
+        over.append(group)
+        everyones[:] = [["chats.jsonl:7"], mine]
+
+    if kind == "spike":
+        trainee.step.guard.recent.extend([0.1, 0.1])
+    else:
+        trainee.bridge.chunks[0].output_layer.weight.register_hook(lambda g: g * math.nan)
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    result = trainee.step([_batch(SAMPLES[2]), _batch(EMPTY_SAMPLE)])
+    assert over == [groups.collection.dp]
+    assert result.skipped.endswith("; samples chats.jsonl:7, chats.jsonl:2")
 
 
 def test_many_samples_are_named_by_the_first_eight(make):

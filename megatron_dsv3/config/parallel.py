@@ -33,7 +33,7 @@ class Parallel(Section):
     says how to read it); null: balanced by cost."""
     num_optimizer_instances: Size = 1
     """Groups of data-parallel ranks that each hold all optimizer states between them. More need
-    more memory and send less between groups."""
+    more memory and send less between groups. Divides dp * cp and edp."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -69,6 +69,7 @@ class Parallel(Section):
                 size(world_size)
             except ValueError as error:
                 problems.append(str(error))
+        problems += self._instance_problems(world_size)
         return problems + self._width_problems(arch) + self.depth_problems(arch)
 
     def depth_problems(self, arch: Architecture) -> list[str]:
@@ -83,6 +84,23 @@ class Parallel(Section):
                 f"empty chunks with stages"
             )
         return problems
+
+    def _instance_problems(self, world_size: int) -> list[str]:
+        instances = self.num_optimizer_instances
+        try:
+            dp_size, edp_size = self.dp_size(world_size), self.edp_size(world_size)
+        except ValueError:
+            return []  # which is a problem of its own
+        copies = dp_size * self.cp_size
+        if copies % instances == 0 and edp_size % instances == 0:
+            return []
+        # Of the weights outside the experts there is a copy on every context-parallel rank, too.
+        common = math.gcd(copies, edp_size)
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        return [
+            f"num_optimizer_instances {instances} must divide both dp({dp_size}) * "
+            f"cp({self.cp_size}) = {copies} and edp({edp_size}); use one of {fitting}"
+        ]
 
     def _quotient(self, world_size: int, copies: str, names: tuple[str, ...]) -> int:
         sizes: dict[str, int] = {name: getattr(self, name) for name in names}

@@ -75,7 +75,8 @@ class OptimizerSection(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the mean squared gradient."""
     weight_decay: NotNegative = 0.0
-    """Share of a weight that a step takes away, times the learning rate."""
+    """Share of a weight that a step takes away, times the learning rate. Norms, the 1-D weights,
+    are spared."""
     clip_grad: NotNegative = 1.0
     """Largest norm of the whole gradient, which is scaled down to it; 0: no limit."""
     moments: Literal["fp32", "bf16"] = "fp32"
@@ -101,7 +102,7 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """Learning rate over the run: linear warm-up, then decay to `min_lr` at the last step."""
+    """Learning rate over the run: linear warm-up, then decay to `min_lr`."""
 
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up; constant stays at the optimizer's lr."""
@@ -110,7 +111,8 @@ class ScheduleSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps of warm-up, instead of warmup_fraction."""
     min_lr: NotNegative = 0.0
-    """Learning rate at the last step."""
+    """Where the decay ends: after the last step, which is itself taken a little above it. At 0 a
+    step there would change nothing."""
 
     @model_validator(mode="before")
     @classmethod

@@ -25,7 +25,9 @@ class PackedRow(PackedSeqParams):
     """
 
     documents: Tensor | None = None
-    """[this context-parallel rank's tokens], int64: the token's document; -1 on padding."""
+    """[1 + num_mtp, this context-parallel rank's tokens], int64: the token's document; -1 on
+    padding. At depth k also -1 on a document's last k tokens: what an MTP layer sees there is no
+    token of the document."""
     num_documents: int = 1
     """Documents in this row."""
 
@@ -48,7 +50,7 @@ class DeepseekV3Layer(TransformerLayer):
     def _membership(self, row: PackedRow) -> Tensor:
         """[1, local tokens, documents], bool; a padding token belongs to none."""
         assert row.documents is not None
-        documents = row.documents
+        documents = row.documents[self.layer_number if self.is_mtp_layer else 0]
         if self.config.sequence_parallel:
             group = self.pg_collection.tp
             documents = documents.chunk(group.size())[group.rank()]
@@ -60,7 +62,8 @@ class DeepseekV3Router(TopKRouter):
     """TopKRouter with DeepSeek-V3's choice of experts, statistics per document, and fp32 state.
 
     All gradients are divided by the counted tokens of the global batch at the end. The two weights,
-    the same for a whole step, turn that into a mean over documents and over real tokens.
+    the same for a whole step, turn that into a mean over documents and over real tokens (of an MTP
+    layer too, which has a few tokens less).
     """
 
     balance_weight: float = 1.0

@@ -12,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import (
 )
 
 from megatron_dsv3.data.batch import Batch
-from megatron_dsv3.model.groups import Groups
+from megatron_dsv3.model.groups import Groups, SharedError
 from megatron_dsv3.train.metrics import Sink, StepRecord
 from megatron_dsv3.train.step import Losses, StepResult, TrainStep
 
@@ -63,7 +63,9 @@ def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
             try:
                 result = run.step(batch.micro_batches, lr_fraction=lr / run.max_lr)
             except ValueError as error:
-                raise type(error)(f"step {number}: {error}") from None
+                # Other kinds of ValueError have constructors of their own.
+                kind = type(error) if isinstance(error, SharedError) else ValueError
+                raise kind(f"step {number}: {error}") from error
             run.schedule.step(1)
             # The step ended with a read of the loss on the host, so this measures finished work.
             seconds = time.perf_counter() - began

@@ -1,12 +1,16 @@
 """What a step was, as one line with fixed keys, as JSON lines, and for TensorBoard."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+
+from megatron_dsv3.train.run_log import read_records
 
 ExpertLoads = Mapping[int, Sequence[int]]
 """Tokens of every expert, by layer (MTP layers count on after the decoder's)."""
@@ -81,6 +85,18 @@ def _or_none(value: float | None, form: str) -> str | None:
     return None if value is None else format(value, form)
 
 
+def scalars(record: StepRecord) -> dict[str, float]:
+    """Figures of a step for trackers, by name; none that is not finite."""
+    values = asdict(record) | {"tokens_per_second": record.tokens_per_second}
+    return {
+        f"train/{name}": float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float)
+        and name not in ("step", "num_steps")
+        and math.isfinite(value)
+    }
+
+
 class Sink:
     """Takes the records of a run, on rank 0."""
 
@@ -113,18 +129,21 @@ class FileSink(Sink):
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.loads = (directory / "expert_load.jsonl").open("a", encoding="utf-8")
+        self.lines = _append_to(directory / "metrics.jsonl")
+        self.loads = _append_to(directory / "expert_load.jsonl")
         self.writer = SummaryWriter(log_dir=str(directory))
 
     def log(self, record: StepRecord) -> None:
         """One JSON line, flushed, and a scalar for every figure."""
-        self.lines.write(json.dumps(asdict(record)) + "\n")
+        # JSON has no NaN, and most of its readers take none.
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(record).items()
+        }
+        self.lines.write(json.dumps(values, allow_nan=False) + "\n")
         self.lines.flush()
-        for name, value in asdict(record).items():
-            if isinstance(value, int | float) and name not in ("step", "num_steps"):
-                self.writer.add_scalar(f"train/{name}", value, record.step)
-        self.writer.add_scalar("train/tokens_per_second", record.tokens_per_second, record.step)
+        for name, value in scalars(record).items():
+            self.writer.add_scalar(name, value, record.step)
 
     def log_expert_load(self, step: int, loads: ExpertLoads) -> None:
         """One JSON line, and a heat map: a row a layer, bright where an expert has many tokens."""
@@ -142,14 +161,22 @@ class FileSink(Sink):
         self.writer.close()
 
 
+def _append_to(path: Path) -> TextIO:
+    """Opened to add lines; half a line, where a run died while writing it, is cut off."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8")
+
+
 def read_metrics(directory: Path) -> list[StepRecord]:
-    """The records that `FileSink` wrote there, in order.
+    """The records that `FileSink` wrote there: each step once, in order, NaN where one was.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: There is no such file, or a damaged one.
     """
-    path = directory / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the log directory of a run")
-    with path.open(encoding="utf-8") as lines:
-        return [StepRecord(**json.loads(line)) for line in lines]
+    records = read_records(directory / "metrics.jsonl")
+    for record in records:
+        for name in ("loss", "grad_norm"):
+            record[name] = math.nan if record[name] is None else record[name]
+    return [StepRecord(**record) for record in records]

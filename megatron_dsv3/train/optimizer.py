@@ -57,7 +57,7 @@ def _states(section: OptimizerSection) -> dict[str, Any]:
 def build_schedule(
     section: ScheduleSection, optimizer: Any, *, max_lr: float, weight_decay: float, num_steps: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up to `max_lr`, then decay to `min_lr` at `num_steps`."""
+    """Linear warm-up to `max_lr`, then decay that reaches `min_lr` after `num_steps`."""
     warmup = section.warmup_steps
     if warmup is None:
         warmup = math.ceil((section.warmup_fraction or 0.0) * num_steps)

@@ -83,11 +83,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _read_run(directory: Path, name: str) -> RunLog:
     path = directory / "metrics.jsonl"
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; expected the log.dir of a run")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; is {directory} the log.dir of a run?")
-    records = _read_records(path)
+    records = read_records(path)
     if not records:
         raise ValueError(f"{path}: holds no step yet; wait for the first one")
     rows = [[_number(record.get(key)) for key in KEYS] for record in records]
@@ -101,9 +97,18 @@ def _read_run(directory: Path, name: str) -> RunLog:
     )
 
 
-def _read_records(path: Path) -> list[Mapping[str, Any]]:
-    """Each step once, in order."""
-    records: list[Mapping[str, Any]] = []
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a run's `metrics.jsonl`: each step once, in order.
+
+    Raises:
+        ValueError: There is no such file, or it is damaged before its last line.
+    """
+    directory = path.parent
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory; expected the log.dir of a run")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; is {directory} the log.dir of a run?")
+    records: list[dict[str, Any]] = []
     for where, record in _json_lines(path):
         _check(where, record)
         # A resumed run begins at an earlier state: what had been done beyond it no longer counts.

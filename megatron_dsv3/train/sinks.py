@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,7 +18,7 @@ from threading import Thread
 from types import ModuleType
 from typing import Any, Protocol
 
-from megatron_dsv3.train.metrics import Sink, StepRecord
+from megatron_dsv3.train.metrics import Sink, StepRecord, scalars
 
 logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 60
@@ -130,16 +130,6 @@ class TrackerSink(Sink):
                 failing = True
             else:
                 failing = False
-
-
-def scalars(record: StepRecord) -> dict[str, float]:
-    """Figures of a step under the names that they have in TensorBoard."""
-    values = asdict(record) | {"tokens_per_second": record.tokens_per_second}
-    return {
-        f"train/{name}": float(value)
-        for name, value in values.items()
-        if isinstance(value, int | float) and name not in ("step", "num_steps")
-    }
 
 
 class _Wandb:

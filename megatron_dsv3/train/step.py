@@ -6,13 +6,14 @@ and masks come from the data, made before any slicing.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -84,6 +85,7 @@ def to_row(batch: Batch, groups: Groups) -> Row:
     size, length = batch.tokens.shape
     documents = torch.arange(size)[:, None].expand(size, length)
     documents = torch.where(batch.padding, -1, documents).reshape(-1)
+    documents = _members_by_depth(documents, num_depths=len(batch.labels))
     flat = [batch.tokens, batch.position_ids, batch.labels, batch.loss_mask]
     tensors = [tensor.flatten(-2) for tensor in flat] + [documents]
     cp_size = groups.collection.cp.size()
@@ -105,6 +107,19 @@ def to_row(batch: Batch, groups: Groups) -> Row:
     return Row(
         tokens[None], positions[None], labels[:, None], mask[:, None], packed, batch.sample_ids
     )
+
+
+def _members_by_depth(documents: Tensor, *, num_depths: int) -> Tensor:
+    """[tokens] -> [depths, tokens]: at depth k only tokens whose k-th next is of their document.
+
+    That one is an MTP layer's second input. A document's last k have none: the layer sees padding
+    there, or the next document, which is nothing to count an expert's load by.
+    """
+    rows = [documents]
+    for depth in range(1, num_depths):
+        ahead = F.pad(documents[depth:], (0, min(depth, len(documents))), value=-1)
+        rows.append(torch.where(ahead == documents, documents, -1))
+    return torch.stack(rows)
 
 
 def global_counts(batches: Sequence[Batch], groups: Groups) -> Counts:
@@ -165,7 +180,7 @@ class TrainStep:
         try:
             losses = self._losses(outputs, rows, counts)
             if reason := self.guard.explain(losses.main):
-                raise SpikeError(f"{reason}; {_blame(rows)}")
+                raise SpikeError(f"{reason}; {self._blame_all(rows)}")
             grad_norm = self._update(rows)
             self.experts.update_biases(lr_fraction)
             self.guard.keep(losses.main)
@@ -181,9 +196,11 @@ class TrainStep:
         rows = [to_row(batch, self.groups) for batch in batches]
         for chunk in self.chunks:
             chunk.eval()
-        outputs = self._run(rows, counts, forward_only=True)
-        for chunk in self.chunks:
-            chunk.train()
+        try:
+            outputs = self._run(rows, counts, forward_only=True)
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
         return self._losses(outputs, rows, counts)
 
     def settle(self) -> None:
@@ -204,7 +221,14 @@ class TrainStep:
         try:
             return update(self.optimizer)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; losses were finite; {_blame(rows)}") from None
+            raise NonFiniteError(f"{error}; losses were finite; {self._blame_all(rows)}") from None
+
+    def _blame_all(self, rows: Sequence[Row]) -> str:
+        """Collective: the samples of the global batch, the same on every rank."""
+        group = self.groups.collection.dp
+        everyones: list[list[str]] = [[]] * group.size()
+        dist.all_gather_object(everyones, _sample_ids(rows), group=group)
+        return _named(sample for ids in everyones for sample in ids)
 
     def _run(
         self, rows: Sequence[Row], counts: Counts, *, forward_only: bool
@@ -230,7 +254,10 @@ class TrainStep:
         if outputs and self.groups.tp_rank == 0:  # TP ranks hold the same losses
             sums = torch.stack([output["sums"] for output in outputs]).double().cpu()
         finite = sums.isfinite().all(1)
-        blame = "" if bool(finite.all()) else _blame([rows[i] for i in (~finite).nonzero()[:, 0]])
+        broken = [
+            row for row, is_finite in zip(rows, finite.tolist(), strict=True) if not is_finite
+        ]
+        blame = _named(_sample_ids(broken)) if broken else ""
         total = torch.cat([sums.sum(0), torch.tensor([float(bool(blame))])]).to(self.groups.device)
         dist.all_reduce(total)
         total = total.cpu()
@@ -285,7 +312,12 @@ def _weighted_sum(
     return (sums * weights).sum(), mask[0].sum().int(), {"sums": sums.detach()}
 
 
-def _blame(rows: Sequence[Row]) -> str:
-    ids = [sample for row in rows for sample in row.sample_ids]
+def _sample_ids(rows: Sequence[Row]) -> list[str]:
+    """Without those that fill a batch up, which have no name."""
+    return [sample for row in rows for sample in row.sample_ids if sample]
+
+
+def _named(samples: Iterable[str]) -> str:
+    ids = list(dict.fromkeys(samples))
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return f"samples {shown}"

@@ -36,8 +36,8 @@ def labels_across_documents(patch: Patch) -> None:
     def to_row(batch: Any, groups: Any) -> Any:
         row = original(batch, groups)
         after = torch.roll(row.tokens, -1, dims=1)
-        ends = row.packed.documents != torch.roll(row.packed.documents, -1)
-        ends &= row.packed.documents >= 0
+        documents = row.packed.documents[0]
+        ends = (documents != torch.roll(documents, -1)) & (documents >= 0)
         labels = row.labels.clone()
         mask = row.loss_mask.clone()
         labels[0, 0, ends], mask[0, 0, ends] = after[0, ends], 1.0
