@@ -210,4 +210,3 @@ def _drop(path: Path) -> None:
     hidden = path.with_name(f"{path.name}{_DROPPED}{secrets.token_hex(4)}")
     path.rename(hidden)
     shutil.rmtree(hidden)
-

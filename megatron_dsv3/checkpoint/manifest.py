@@ -1,7 +1,7 @@
 """What a checkpoint directory must hold: every file's size and hash, written last.
 
-The hash (XXH3, 128 bits) guards against damage, not against an attacker. It runs at tens of GB/s, so
-it costs what reading the file costs; each rank hashes what it has written, in its writer process.
+The hash (XXH3, 128 bits) guards against damage, not against an attacker. It runs at tens of GB/s,
+so it costs what reading the file costs; each rank hashes what it has written, in its writer.
 """
 
 import json

@@ -17,7 +17,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer.distrib_optimizer import param_group_identifier_keys
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch import nn
 
 from megatron_dsv3.checkpoint.writer import plan_save
 from megatron_dsv3.model.groups import Groups, raise_together
@@ -31,7 +30,7 @@ _SHARDING = "fully_reshardable"
 class Trainee:
     """What is saved and restored, on this rank."""
 
-    chunks: Sequence[nn.Module]
+    chunks: Sequence[Any]
     """Unwrapped models; wrappers would write their own prefix into the names."""
     optimizer: Any
     """Megatron-Core's chain of distributed optimizers."""
@@ -240,7 +239,7 @@ def _rng_object(groups: Groups, state: Mapping[str, Any]) -> ShardedObject:
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - all there is
+    name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, gauss),
@@ -253,16 +252,14 @@ def _rng_state(device: torch.device) -> dict[str, Any]:
 def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy(), *rest))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _check_names(
-    path: Path, missing: set[str], surplus: set[str], *, optimizer: bool
-) -> None:
+def _check_names(path: Path, missing: set[str], surplus: set[str], *, optimizer: bool) -> None:
     """Megatron-Core's "unexpected" is what this rank wants and the file lacks."""
     optional = (_RNG,) if optimizer else (_RNG, "optimizer.")
     surplus = {name for name in surplus if not name.startswith(optional)}

@@ -1,8 +1,8 @@
 """Writes a sharded state in Megatron-Core's format: planned together, written by each rank alone.
 
-Megatron-Core plans and writes; the end of a save is ours. Its own raises on one rank where a disk is
-full while the others wait in a collective, and it hands results over through a process that outlives
-a killed run. Here every rank learns of every problem, and nothing is left running.
+Megatron-Core plans and writes; the end of a save is ours. Its own raises on one rank where a disk
+is full while the others wait in a collective, and it hands results over through a process that
+outlives a killed run. Here every rank learns of every problem, and nothing is left running.
 """
 
 import ctypes
@@ -95,8 +95,8 @@ def plan_save(
         SaveError: The folder cannot be written to.
     """
     incomplete = _make_directory(folder, step, groups)
-    # Set here once, because Megatron-Core would start a manager process for its queue of results: it
-    # costs seconds, imports the main script again, and stays when this process is killed.
+    # Set here once, because Megatron-Core would start a manager process for its queue of results:
+    # it costs seconds, imports the main script again, and stays when this process is killed.
     if not isinstance(filesystem_async._results_queue, _Results):
         filesystem_async._results_queue = _Results()
     filesystem_async._results_queue.clear()
@@ -145,7 +145,7 @@ def _write(
         _die_with(parent)
         os.nice(10)
     if rank is None or results is None:  # this rank has nothing to write
-        return
+        return None
     written = {}
     for number, bucket in enumerate(buckets):
         outcome = FileSystemWriterAsync.write_preloaded_data(

@@ -1,13 +1,13 @@
 """Ends a process that makes no progress, after writing down the stacks of all its threads.
 
-A rank that hangs makes all others wait in their next collective, so the watchdogs of all go off, and
-every rank's stack is written: the odd one out is the culprit. The timer is faulthandler's, which
-needs neither the interpreter's lock nor a main thread that runs.
+A rank that hangs makes all others wait in their next collective, so the watchdogs of all go off,
+and every rank's stack is written: the odd one out is the culprit. The timer is faulthandler's,
+which needs neither the interpreter's lock nor a main thread that runs.
 """
 
 import faulthandler
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -59,3 +59,5 @@ def watchdog(log_dir: Path, rank: int, timeout_s: float | None) -> Iterator[Watc
                 faulthandler.enable()
     if path.stat().st_size == 0:
         path.unlink()
+        with suppress(OSError):  # other ranks' files are still there
+            path.parent.rmdir()
