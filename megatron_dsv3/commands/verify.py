@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_dsv3.commands.assemble import build_model
 from megatron_dsv3.commands.gate import check_parity
-from megatron_dsv3.commands.train import device_for, load_model, read_inputs, session
+from megatron_dsv3.commands.train import device_for, read_inputs, session
 from megatron_dsv3.config.job import Job
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.model.build import wrap
@@ -22,7 +23,8 @@ def run(hf_dir: Path, job: Job, console: Console) -> None:
     inputs = read_inputs(job, int(os.environ.get("WORLD_SIZE", "1")), device_for(job))
     HFReader(hf_dir).check_against(inputs.checkpoint)
     with session(inputs) as groups:
-        bridge = load_model(inputs, groups)
+        bridge = build_model(job, inputs.arch, groups, checkpoint=inputs.checkpoint)
+        bridge.load(inputs.reader)
         step = TrainStep(
             wrap(bridge.chunks, bridge.chunks[0].config),
             None,  # nothing is updated

@@ -12,6 +12,7 @@ from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import place
 from megatron_dsv3.config.section import Section, problem_lines
 from megatron_dsv3.config.sections import (
+    CheckpointSection,
     DataSection,
     ExpertsSection,
     LogSection,
@@ -45,6 +46,7 @@ class Job(Section):
     mtp: MtpSection = MtpSection()
     experts: ExpertsSection = ExpertsSection()
     output: OutputSection
+    checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")
@@ -80,6 +82,11 @@ class Job(Section):
     def log_dir(self) -> Path:
         """Where TensorBoard's files go."""
         return self.log.dir or Path(f"{self.output.dir}-log")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.checkpoint.dir or Path(f"{self.output.dir}-checkpoints")
 
     @property
     def row_multiple(self) -> int:

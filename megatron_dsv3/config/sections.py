@@ -159,6 +159,9 @@ class TrainSection(Section):
     """Before the first step compare the model with transformers' layers, one at a time from the
     files, and stop where they differ. Takes rank 0 one layer of memory in fp32 (46 GB for the
     671B) and the time to read the files once."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Seconds without a finished step after which a process writes down where it stands
+    (<log.dir>/stacks) and ends; null: never. Longer than the longest step, validation and save."""
 
 
 class ValidationSection(Section):
@@ -297,6 +300,32 @@ class OutputSection(Section):
     """Of the weights; the expert bias is fp32 in either."""
     shard_size_gb: Annotated[float, Field(gt=0)] = 5.0
     """Largest size of a safetensors file, in GB of 10^9 bytes; a larger tensor has its own."""
+
+
+class CheckpointSection(Section):
+    """What a run goes on from after it was stopped, by whatever."""
+
+    dir: UserPath | None = None
+    """Folder of the checkpoints, seen by all nodes; null: beside the output, as
+    <output.dir>-checkpoints. A run starts from the newest whole checkpoint that it finds there."""
+    every_steps: Count | None = 100
+    """Optimizer steps between two checkpoints; there is one after the last step too. null: none."""
+    keep_last: Count = 2
+    """Full checkpoints that stay; older ones are dropped."""
+    keep_weights_every: Count | None = None
+    """Of a dropped checkpoint whose step is a multiple of this, the weights stay; null: of none."""
+    asynchronous: bool = True
+    """Write while training goes on: it stands still for a copy to host memory alone. Takes host
+    memory for that copy."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """What follows a save that failed (full disk, vanished mount): continue says so and goes on;
+    either keeps the older checkpoints."""
+    verify_on_resume: Literal["hashes", "sizes"] = "hashes"
+    """How a checkpoint is checked before a run goes on from it: hashes reads all its files, each
+    process a share; sizes reads none."""
+    export_hf_every_steps: Count | None = None
+    """Optimizer steps between two Hugging Face directories, <output.dir>-step<n>, besides the one
+    at the end; null: none."""
 
 
 class LogSection(Section):
