@@ -138,11 +138,13 @@ def verify(
         ),
     ],
     other: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            help="A checkpoint of either kind, or a job file (.yaml, .yml).", show_default=False
+            help="A checkpoint of either kind, or a job file (.yaml, .yml); none: is the first "
+            "one, written by training, whole?",
+            show_default=False,
         ),
-    ],
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="With a job: settings that replace the file's, section.name=value ..."),
@@ -153,11 +155,16 @@ def verify(
     ] = 0.0,
     workers: Annotated[int, typer.Option(help="Of two checkpoints: threads.", min=1)] = 2,
 ) -> None:
-    """Compare two checkpoints tensor by tensor, or a job's model with transformers' layers.
+    """Compare two checkpoints, or a job's model with transformers' layers; or check one checkpoint.
 
     Exit code 1 where two checkpoints differ. A job's model is compared in its layout, alone or
     under torchrun.
     """
+    if other is None:
+        from megatron_dsv3.commands import verify_checkpoint as whole
+
+        whole.run(reference, Console().print)
+        return
     if other.suffix in JOB_SUFFIXES:
         settings = load_job(other, overrides or [])
         from megatron_dsv3.commands import verify as gate
