@@ -125,10 +125,10 @@ def _make_directory(folder: Path, step: int, groups: Groups) -> Path:
     incomplete, problem = folder / names[0], ""
     if groups.rank == 0:
         problem = _problem_of(partial(incomplete.mkdir, parents=True))
-    _raise_together(problem, step)
+    raise_save_error(problem, step)
     if not os.access(incomplete, os.W_OK | os.X_OK):
         problem = f"{incomplete}: this rank cannot write there"
-    _raise_together(problem, step)
+    raise_save_error(problem, step)
     return incomplete
 
 
@@ -183,12 +183,12 @@ def _finish(
     results = writer.retrieve_write_results()
     # torch wraps an exception as (exception, where); a list is what was written.
     problem = str(results[0]).removeprefix("Worker failure: ") if isinstance(results, tuple) else ""
-    _raise_together(problem, step)
+    raise_save_error(problem, step)
     everyones: list[Any] = [None] * groups.world_size
     dist.gather_object(results, everyones if groups.rank == 0 else None)
     if groups.rank == 0:
         problem = _problem_of(partial(_complete, writer, metadata, everyones, incomplete, step))
-    _raise_together(problem, step)
+    raise_save_error(problem, step)
 
 
 def _complete(
@@ -212,7 +212,8 @@ def _problem_of(action: Callable[[], object]) -> str:
     return ""
 
 
-def _raise_together(problem: str, step: int) -> None:
+def raise_save_error(problem: str, step: int) -> None:
+    """Collective. Raises SaveError on every rank, if any rank has a problem; "" is none."""
     try:
         raise_together(problem)
     except SharedError as error:

@@ -17,7 +17,6 @@ from megatron_dsv3.model.groups import Groups, SharedError
 from megatron_dsv3.train.metrics import Sink, StepRecord
 from megatron_dsv3.train.step import Losses, StepResult, TrainStep
 
-
 START = Position()
 
 
