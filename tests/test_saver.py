@@ -57,7 +57,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """Holds one checkpoint of the tiny model, not two."""
     place = tmp_path / "small"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(place)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield place
@@ -134,15 +134,18 @@ def test_weights_alone_can_be_loaded(engine, groups, hf_dir, tmp_path):
     assert differences(weights(other), weights(engine))
     load(other.trainee, kept, optimizer=False)
     assert not differences(weights(other), weights(engine))
-    with pytest.raises(ValueError, match=r"lacks optimizer\.state"):
+    with pytest.raises(ValueError, match="holds weights alone"):
         load(other.trainee, kept)
 
 
 def test_another_models_checkpoint_is_refused(engine, groups, tmp_path):
     _save(_saver(engine, tmp_path)[0], 1)
-    deeper = hf_reference.build(num_hidden_layers=3, num_mtp_layers=1).save(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"Error: .*"):
+    deeper = hf_reference.build(num_hidden_layers=3, num_mtp_layers=1).save(tmp_path / "hf3")
+    with pytest.raises(ValueError, match=r"not a checkpoint of this model|[Ss]hape"):
         load(make_engine(make_job(deeper), groups).trainee, tmp_path / "iter_0000001")
+    no_mtp = hf_reference.build(num_hidden_layers=2, num_mtp_layers=0).save(tmp_path / "hf0")
+    with pytest.raises(ValueError, match=r"holds .*mtp\.layers.* besides"):
+        load(make_engine(make_job(no_mtp), groups).trainee, tmp_path / "iter_0000001")
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -162,7 +165,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(engine, small_disk, asynchronous
 def test_a_run_stops_at_a_failed_save_where_the_job_says_so(engine, small_disk):
     saver, _ = _saver(engine, small_disk, on_save_error="stop")
     _save(saver, 1)
-    with pytest.raises(SaveError, match="checkpoint of step 2.*No space left"):
+    with pytest.raises(SaveError, match=r"checkpoint of step 2.*No space left"):
         _save(saver, 2)
 
 

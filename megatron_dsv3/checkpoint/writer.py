@@ -9,6 +9,7 @@ import ctypes
 import os
 import pickle
 import queue
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -152,12 +153,25 @@ def _write(
             transforms, number, bucket, None, None, use_fsync=True
         )[1]
         if isinstance(outcome, Exception):
-            return results.put(RuntimeError(f"{type(outcome).__name__}: {outcome}"))
+            return results.put(RuntimeError(_explained(outcome, directory)))
         written[number] = outcome
     names = [name for _, name, _ in buckets]
     if problem := _problem_of(partial(write_part, directory, names, rank)):
         return results.put(RuntimeError(problem))
     return results.put(written)
+
+
+def _explained(error: BaseException, directory: Path) -> str:
+    """torch's archive writer covers a full disk's error by one of its own, about positions."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    shown = cause or error
+    try:
+        free = f"; {shutil.disk_usage(directory).free / 1e9:.3f} GB free there"
+    except OSError:
+        free = ""
+    return f"{directory}: {type(shown).__name__}: {shown}{free}"
 
 
 def _die_with(parent: int) -> None:
