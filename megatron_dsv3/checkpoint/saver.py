@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from megatron_dsv3.checkpoint.directory import name_of, retain
+from megatron_dsv3.checkpoint.directory import checkpoints, name_of, retain
 from megatron_dsv3.checkpoint.store import Trainee, request_save
-from megatron_dsv3.checkpoint.writer import SaveError
+from megatron_dsv3.checkpoint.writer import SaveError, raise_save_error
 from megatron_dsv3.config.sections import CheckpointSection
 
 
@@ -39,6 +39,8 @@ class Saver:
         self._under_way: tuple[int, float, float] | None = None
         """Step, time of the start, seconds for which training stood still."""
         self._retention: threading.Thread | None = None
+        self._device = _device_of(folder) if any(checkpoints(folder)) else None
+        """Number of the file system, once it is known to be the right one."""
 
     def save(self, step: int, own: Mapping[str, Any], *, wait: bool = False) -> None:
         """Saves the state after a step; returns once the copy is safe, or with `wait` the files.
@@ -51,6 +53,7 @@ class Saver:
         self._finalize(wait=True)
         began = time.monotonic()
         try:
+            self._check_mount(step)
             request = request_save(self.trainee, self.folder, step=step, own=own)
             if self.section.asynchronous:
                 self._queue.schedule_async_request(request)
@@ -86,12 +89,21 @@ class Saver:
         assert self._under_way is not None
         step, began, still = self._under_way
         self._under_way, self.last_saved = None, step
+        self._device = _device_of(self.folder)
         if self.trainee.groups.rank == 0:
             self.tell(
                 f"saved {self.folder / name_of(step)} in {time.monotonic() - began:.1f} s; "
                 f"training stood still for {still:.1f} s"
             )
             self._start_retention()
+
+    def _check_mount(self, step: int) -> None:
+        """Where a mount is gone, its mount point is an ordinary folder of the local disk."""
+        now = _device_of(self.folder)
+        problem = ""
+        if self._device is not None and now != self._device:
+            problem = f"{self.folder} is not on the file system it was on; is the mount gone?"
+        raise_save_error(problem, step)
 
     def _failed(self, error: SaveError) -> None:
         self._under_way = None
@@ -118,3 +130,10 @@ class Saver:
                 self.tell(line)
         except (OSError, ValueError) as error:
             self.tell(f"old checkpoints stay in {self.folder}: {error}")
+
+
+def _device_of(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_dev
+    except OSError:
+        return None

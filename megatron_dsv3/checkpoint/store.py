@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer.distrib_optimizer import param_group_identifier_keys
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_dsv3.checkpoint.headers import read_metadata
 from megatron_dsv3.checkpoint.writer import plan_save
-from megatron_dsv3.model.groups import Groups, raise_together
+from megatron_dsv3.model.groups import Groups, SharedError, raise_together
 
 OWN = "megatron_dsv3"
 _RNG = "rng_state"
@@ -108,6 +110,8 @@ def load(trainee: Trainee, path: Path, *, optimizer: bool = True) -> Loaded:
     problem, loaded = "", None
     try:
         loaded = _load(trainee, path, optimizer=optimizer)
+    except SharedError:
+        raise
     except Exception as error:  # whatever a damaged file leads to; the others must not wait
         problem = f"{path}: {type(error).__name__}: {error}"
     raise_together(problem)
@@ -127,8 +131,9 @@ def _load(trainee: Trainee, path: Path, *, optimizer: bool) -> Loaded:
     if exact_rng:
         wanted["rng_state"] = _rng_object(trainee.groups, {})
     names = [name for name in wanted if name.startswith("model")]
-    state, surplus, missing = dist_checkpointing.load(wanted, str(path), strict="return_all")
-    _check_names(path, missing, surplus, optimizer=optimizer)
+    raise_together(_missing(wanted, path))
+    state, surplus, _ = dist_checkpointing.load(wanted, str(path), strict="return_all")
+    _check_surplus(surplus, optimizer=optimizer)
     for name, chunk in zip(names, trainee.chunks, strict=True):
         chunk.load_state_dict(state[name], strict=True)
     if optimizer:
@@ -259,18 +264,34 @@ def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _check_names(path: Path, missing: set[str], surplus: set[str], *, optimizer: bool) -> None:
-    """Megatron-Core's "unexpected" is what this rank wants and the file lacks."""
+# ---- Names --------------------------------------------------------------------------------------
+
+
+def _missing(wanted: Mapping[str, Any], path: Path) -> str:
+    """What the file lacks of this rank's part, before any tensor is read; "" where it is all there.
+
+    Megatron-Core would go on, and fail over the structure of what it has read.
+    """
+    try:
+        stored = read_metadata(path).state_dict_metadata
+    except ValueError as error:
+        return str(error)
+    names = {name.partition("/shard_")[0] for name in stored}
+    lacking = {base.key for base in nested_values(dict(wanted))} - names
+    if not lacking:
+        return ""
+    if not any(name.startswith("optimizer.") for name in names):
+        return f"{path}: holds weights alone, no optimizer to go on with"
+    return f"{path}: not a checkpoint of this model: lacks {_listed(lacking)}"
+
+
+def _check_surplus(surplus: set[str], *, optimizer: bool) -> None:
     optional = (_RNG,) if optimizer else (_RNG, "optimizer.")
-    surplus = {name for name in surplus if not name.startswith(optional)}
-    if missing or surplus:
-        raise ValueError(
-            f"not a checkpoint of this model: lacks {_listed(missing)}; "
-            f"holds besides {_listed(surplus)}"
-        )
+    if surplus := {name for name in surplus if not name.startswith(optional)}:
+        raise ValueError(f"not a checkpoint of this model: holds {_listed(surplus)} besides it")
 
 
 def _listed(names: set[str]) -> str:
     shown = sorted(names)
     more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
-    return ", ".join(shown[:6]) + more if shown else "nothing"
+    return ", ".join(shown[:6]) + more

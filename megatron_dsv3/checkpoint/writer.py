@@ -9,6 +9,7 @@ import ctypes
 import os
 import pickle
 import queue
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -125,10 +126,10 @@ def _make_directory(folder: Path, step: int, groups: Groups) -> Path:
     incomplete, problem = folder / names[0], ""
     if groups.rank == 0:
         problem = _problem_of(partial(incomplete.mkdir, parents=True))
-    _raise_together(problem, step)
+    raise_save_error(problem, step)
     if not os.access(incomplete, os.W_OK | os.X_OK):
         problem = f"{incomplete}: this rank cannot write there"
-    _raise_together(problem, step)
+    raise_save_error(problem, step)
     return incomplete
 
 
@@ -152,12 +153,25 @@ def _write(
             transforms, number, bucket, None, None, use_fsync=True
         )[1]
         if isinstance(outcome, Exception):
-            return results.put(RuntimeError(f"{type(outcome).__name__}: {outcome}"))
+            return results.put(RuntimeError(_explained(outcome, directory)))
         written[number] = outcome
     names = [name for _, name, _ in buckets]
     if problem := _problem_of(partial(write_part, directory, names, rank)):
         return results.put(RuntimeError(problem))
     return results.put(written)
+
+
+def _explained(error: BaseException, directory: Path) -> str:
+    """torch's archive writer covers a full disk's error by one of its own, about positions."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    shown = cause or error
+    try:
+        free = f"; {shutil.disk_usage(directory).free / 1e9:.3f} GB free there"
+    except OSError:
+        free = ""
+    return f"{directory}: {type(shown).__name__}: {shown}{free}"
 
 
 def _die_with(parent: int) -> None:
@@ -183,12 +197,12 @@ def _finish(
     results = writer.retrieve_write_results()
     # torch wraps an exception as (exception, where); a list is what was written.
     problem = str(results[0]).removeprefix("Worker failure: ") if isinstance(results, tuple) else ""
-    _raise_together(problem, step)
+    raise_save_error(problem, step)
     everyones: list[Any] = [None] * groups.world_size
     dist.gather_object(results, everyones if groups.rank == 0 else None)
     if groups.rank == 0:
         problem = _problem_of(partial(_complete, writer, metadata, everyones, incomplete, step))
-    _raise_together(problem, step)
+    raise_save_error(problem, step)
 
 
 def _complete(
@@ -212,7 +226,8 @@ def _problem_of(action: Callable[[], object]) -> str:
     return ""
 
 
-def _raise_together(problem: str, step: int) -> None:
+def raise_save_error(problem: str, step: int) -> None:
+    """Collective. Raises SaveError on every rank, if any rank has a problem; "" is none."""
     try:
         raise_together(problem)
     except SharedError as error:
