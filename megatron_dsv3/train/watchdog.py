@@ -6,6 +6,7 @@ which needs neither the interpreter's lock nor a main thread that runs.
 """
 
 import faulthandler
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,8 +56,8 @@ def watchdog(log_dir: Path, rank: int, timeout_s: float | None) -> Iterator[Watc
         finally:
             dog.pause()
             faulthandler.disable()
-            if was_enabled:  # pytest's own goes to standard error
-                faulthandler.enable()
+            if was_enabled and sys.__stderr__:  # sys.stderr may be replaced by what has no file
+                faulthandler.enable(sys.__stderr__)
     if path.stat().st_size == 0:
         path.unlink()
         with suppress(OSError):  # other ranks' files are still there
