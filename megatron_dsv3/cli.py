@@ -21,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+serve = typer.Typer(help="Serve an exported model with vLLM.", no_args_is_help=True)
+app.add_typer(serve, name="serve")
 USER_ERROR = 2
 
 
@@ -55,6 +57,16 @@ def report(
     from megatron_dsv3.commands import report as command
 
     command.run(runs, Console(), out=out)
+
+
+@serve.command("check")
+def serve_check(
+    hf_dir: Annotated[Path, typer.Argument(help="Exported model.", show_default=False)],
+) -> None:
+    """Tell whether vLLM can serve a directory; all that speaks against it, with what to do."""
+    from megatron_dsv3.commands import serve as command
+
+    command.check(hf_dir, Console())
 
 
 def main() -> None:
