@@ -59,6 +59,18 @@ def report(
     command.run(runs, Console(), out=out)
 
 
+@app.command()
+def preflight(
+    local: Annotated[bool, typer.Option("--local", help="Look at this machine alone.")] = False,
+) -> None:
+    """Tell what this machine brings to a job: versions, GPUs, memory, disks."""
+    if not local:
+        raise ValueError("preflight: expected --local, the only machine that it looks at")
+    from megatron_dsv3.commands import preflight as command
+
+    command.run_local(Console())
+
+
 @serve.command("check")
 def serve_check(
     hf_dir: Annotated[Path, typer.Argument(help="Exported model.", show_default=False)],

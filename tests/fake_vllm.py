@@ -22,6 +22,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--served-model-name")
+    parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--headless", action="store_true")
     parser.add_argument("--fake-load-seconds", type=float, default=0.0)
     parser.add_argument("--fake-exit", type=int)
@@ -39,7 +40,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self.reply(200 if time.monotonic() >= self.ready_at else 503, {})
         elif self.allowed() and self.path == "/v1/models":
-            self.reply(200, {"data": [{"id": self.arguments.served_model_name}]})
+            model = {"id": self.arguments.served_model_name}
+            model |= {"max_model_len": self.arguments.max_model_len}
+            self.reply(200, {"data": [model]})
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -47,6 +50,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         assert self.path == "/v1/chat/completions"
         assert request["model"] == self.arguments.served_model_name
+        if request["max_tokens"] >= self.arguments.max_model_len:
+            self.reply(400, {"error": "max_tokens cannot be greater than max_model_len"})
+            return
         message = {"reasoning": THOUGHT, "content": self.arguments.fake_answer}
         if not self.arguments.fake_answer:
             message["reasoning"] = None

@@ -177,6 +177,10 @@ def test_a_key_opens_and_its_absence_is_told(started):
         ask(url, api_key="wrong")
 
 
+def test_no_more_is_asked_for_than_the_model_takes(started):
+    assert ask(started("--max-model-len", "128"), max_tokens=256).content == ANSWER
+
+
 def test_an_empty_answer_is_an_error(started):
     with pytest.raises(ValueError, match=r"the answer to 'What is 17 . 24.' is empty"):
         ask(started("--fake-answer", ""))

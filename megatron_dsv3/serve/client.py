@@ -60,12 +60,14 @@ def ask(
     models = _call(f"{url}/v1/models", None, api_key)
     try:
         name = models["data"][0]["id"]
+        longest = models["data"][0].get("max_model_len") or 2 * max_tokens
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"{url}/v1/models: expected a list of models, got {models}") from None
     request = {
         "model": name,
         "messages": [{"role": "user", "content": question}],
-        "max_tokens": max_tokens,
+        # vLLM refuses more than the model takes; half of that leaves room for the question.
+        "max_tokens": min(max_tokens, longest // 2),
         "temperature": 0,
     }
     start = time.perf_counter()
