@@ -1,4 +1,4 @@
-"""What this one machine brings to a job: versions, devices, memory, disks. It asks no other node."""
+"""What this machine brings to a job: versions, devices, memory, disks. It asks no other node."""
 
 import importlib.metadata
 import os

@@ -1,0 +1,29 @@
+"""The model that all integration tests serve, and marks for all of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from environment import ROOT
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("integration")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """fp32/, bf16/, fp8/ and reference.json of `trained_model.py`."""
+    directory = tmp_path_factory.mktemp("models")
+    paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-W", "ignore", str(HERE / "trained_model.py"), str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return directory
