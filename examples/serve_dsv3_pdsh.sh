@@ -59,15 +59,17 @@ key=""
 [[ -z $key_file ]] || key="VLLM_API_KEY=\$(cat $(printf '%q' "$key_file")) && export VLLM_API_KEY && "
 id="serve-dsv3-$(hostname)-$$"
 
-# A script for bash on the host, whatever the login shell: its rank is its place in the list, and a
-# file tells the process to end, since ssh passes no signals on.
-remote="rank=0; for name in ${names[*]}; do [[ \$name == %h ]] && break; rank=\$((rank + 1)); done
-umask 077; echo \$\$ >/tmp/$id.\$rank; ${key}exec $command --node-rank \$rank"
-end_remote="for file in /tmp/$id.*; do [[ -e \$file ]] || continue; pid=\$(cat \"\$file\"); kill -TERM \$pid 2>/dev/null
-for ((i = 0; i < 120; i++)); do kill -0 \$pid 2>/dev/null || break; sleep 0.5; done; rm -f \"\$file\"; done"
+# Scripts for bash on the hosts, in one line each, so that any login shell can hand them on. A host's
+# rank is its place in the list; a file tells the process to end, since ssh passes no signals on.
+remote="rank=0; for name in ${names[*]}; do [[ \$name == %h ]] && break; rank=\$((rank + 1)); done; "
+remote+="umask 077; echo \$\$ >/tmp/$id.\$rank; ${key}exec $command --node-rank \$rank"
+end_remote="for file in /tmp/$id.*; do [[ -e \$file ]] || continue; pid=\$(cat \$file); "
+end_remote+="kill -TERM \$pid 2>/dev/null; for ((i = 0; i < 120; i++)); do "
+end_remote+="kill -0 \$pid 2>/dev/null || break; sleep 0.5; done; rm -f \$file; done"
 
 on_all() {
-    pdsh -R exec -f "${#names[@]}" -w "$hosts" ssh -o BatchMode=yes %h "bash -c $(printf '%q' "$1")"
+    # -S: the worst exit code of all hosts.
+    pdsh -S -R exec -f "${#names[@]}" -w "$hosts" ssh -o BatchMode=yes %h "bash -c ${1@Q}"
 }
 
 end() {
