@@ -63,7 +63,7 @@ id="serve-dsv3-$(hostname)-$$"
 # rank is its place in the list; a file tells the process to end, since ssh passes no signals on.
 remote="rank=0; for name in ${names[*]}; do [[ \$name == %h ]] && break; rank=\$((rank + 1)); done; "
 remote+="umask 077; echo \$\$ >/tmp/$id.\$rank; ${key}exec $command --node-rank \$rank"
-end_remote="for file in /tmp/$id.*; do [[ -e \$file ]] || continue; pid=\$(cat \$file); "
+end_remote="for file in /tmp/$id.*; do [[ -e \$file ]] || continue; pid=\$(cat \$file 2>/dev/null) || continue; "
 end_remote+="kill -TERM \$pid 2>/dev/null; for ((i = 0; i < 120; i++)); do "
 end_remote+="kill -0 \$pid 2>/dev/null || break; sleep 0.5; done; rm -f \$file; done"
 

@@ -33,6 +33,7 @@ from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups, RankError, SharedError, device_of, start, stop
+from megatron_dsv3.serve.hf_check import check_hf
 from megatron_dsv3.train.loop import Run, StepBatch, train
 from megatron_dsv3.train.metrics import FileSink, LineSink, Sink, StepRecord
 from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
@@ -348,3 +349,6 @@ def _write(bridge: Bridge, inputs: Inputs, console: Console) -> None:
         template=source,
     )
     console.print(f"wrote {output.dir}", highlight=False)
+    # The model is written and stays: what is in the way of serving it is told, not raised.
+    for finding in check_hf(output.dir):
+        console.print(f"serving: {finding}", highlight=False, markup=False)

@@ -77,7 +77,7 @@ def ask(
         [choice] = response["choices"]
         message = choice["message"]
         answer = Answer(
-            # vLLM called it reasoning_content until 0.12.
+            # reasoning_content in older versions of vLLM.
             reasoning=message.get("reasoning") or message.get("reasoning_content"),
             content=message.get("content"),
             num_tokens=response["usage"]["completion_tokens"],

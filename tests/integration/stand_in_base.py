@@ -13,6 +13,10 @@ from pathlib import Path
 
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 LIBRARY = f"usr/local/lib/{VERSION}"
+FOR_THE_BUILD = ("typer", "typer-")
+"""A package and the beginning of its metadata's name: left out, so that the build fetches it."""
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+"""This machine's, which may know a proxy's."""
 LEFT_OUT = ("__pycache__", "test", "tests", "idlelib", "tkinter", "lib2to3")
 """Of the standard library, by name of the directory."""
 
@@ -36,8 +40,12 @@ def main() -> None:
                 out.add(entry, f"{LIBRARY}/{entry.name}", filter=_of_root)
         for entry in sorted(Path(sysconfig.get_path("purelib")).iterdir()):
             # Editable installations point to places that are not in there.
-            if "megatron_dsv3" not in entry.name and entry.suffix not in (".pth", ".egg-link"):
-                out.add(entry, f"{LIBRARY}/site-packages/{entry.name}", filter=_of_root)
+            name = entry.name
+            lacking = name in FOR_THE_BUILD or name.startswith(FOR_THE_BUILD[1])
+            if not lacking and "megatron_dsv3" not in name and not name.endswith(".pth"):
+                out.add(entry, f"{LIBRARY}/site-packages/{name}", filter=_of_root)
+        if CERTIFICATES.exists():
+            out.add(CERTIFICATES, str(CERTIFICATES).lstrip("/"), filter=_of_root)
         for name in ("python3", "python"):
             link = tarfile.TarInfo(f"usr/local/bin/{name}")
             link.type, link.linkname = tarfile.SYMTYPE, VERSION

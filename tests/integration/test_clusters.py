@@ -146,7 +146,8 @@ def ssh(tmp_path) -> dict[str, str]:
     script = folder / "ssh"
     # As ssh does: the words joined, for a shell, which outlives a connection that breaks.
     script.write_text(
-        '#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 255\nshift 3\nexec setsid --wait sh -c "$*"\n'
+        '#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 255\nshift 3\n'
+        'exec setsid --wait sh -c "$*"\n'
     )
     script.chmod(0o755)
     return _environment(PATH=f"{folder}:{os.environ['PATH']}")
