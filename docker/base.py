@@ -20,7 +20,9 @@ TORCH = (2, 11)
 OF_THE_BASE = re.compile(r"torch|triton|nvidia-.*|cuda-.*|transformer[-_]engine.*|apex")
 """Packages that are never installed over the base's."""
 DEVELOPMENT = "# Extra `dev`"
-"""Heads the direct dependencies that only tests need."""
+"""Heads the direct dependencies of tests."""
+ALSO_NEEDED = ("packaging", "setuptools", "tokenizers")
+"""Of those: what torch, transformers and Megatron-Core need as well."""
 
 
 def main() -> int:
@@ -69,7 +71,8 @@ def pinned(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(package, version) of what the package needs when it runs and the base need not bring."""
     for section, line in _with_headings(lines):
         name, equals, version = line.partition("==")
-        if equals and section != DEVELOPMENT and not OF_THE_BASE.fullmatch(name):
+        needed = section != DEVELOPMENT or name in ALSO_NEEDED
+        if equals and needed and not OF_THE_BASE.fullmatch(name):
             yield name, version
 
 
