@@ -29,8 +29,9 @@ def main() -> None:
         tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as out,
     ):
         for member in debian:
-            if member.name.startswith("./dev/"):
-                continue  # Docker brings its own
+            # Docker brings its own devices, and takes no path twice.
+            if member.name.startswith("./dev/") or member.name == f".{CERTIFICATES}":
+                continue
             out.addfile(member, debian.extractfile(member) if member.isreg() else None)
         out.add(base / "bin" / VERSION, f"usr/local/bin/{VERSION}", filter=_of_root)
         for library in sorted((base / "lib").glob("libpython3*.so*")):
@@ -44,8 +45,7 @@ def main() -> None:
             lacking = name in FOR_THE_BUILD or name.startswith(FOR_THE_BUILD[1])
             if not lacking and "megatron_dsv3" not in name and not name.endswith(".pth"):
                 out.add(entry, f"{LIBRARY}/site-packages/{name}", filter=_of_root)
-        if CERTIFICATES.exists():
-            out.add(CERTIFICATES, str(CERTIFICATES).lstrip("/"), filter=_of_root)
+        out.add(CERTIFICATES, str(CERTIFICATES).lstrip("/"), filter=_of_root)
         for name in ("python3", "python"):
             link = tarfile.TarInfo(f"usr/local/bin/{name}")
             link.type, link.linkname = tarfile.SYMTYPE, VERSION
