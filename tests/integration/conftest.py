@@ -1,6 +1,7 @@
 """The model that all integration tests serve, and marks for all of them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ import pytest
 from environment import ROOT
 
 HERE = Path(__file__).parent
+
+
+def pytest_configure() -> None:
+    # Ended from outside, pytest would leave servers and daemons behind: fixtures end them.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=143))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -191,7 +191,7 @@ def server(python, models) -> Iterator[str]:
     environment = os.environ | SERVING | {"VLLM_API_KEY": "secret", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [*command, *ON_CPU], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=environment, start_new_session=True,
+        env=environment,
     )  # fmt: skip
     try:
         lines = []
