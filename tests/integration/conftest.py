@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,18 @@ from environment import ROOT
 HERE = Path(__file__).parent
 
 
-def pytest_configure() -> None:
-    # Ended from outside, pytest would leave servers and daemons behind: fixtures end them.
-    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=143))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("integration")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ends_what_it_started() -> Iterator[None]:
+    """Ended from outside, pytest would leave servers and daemons behind: fixtures end them."""
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=143))
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def debian(docker, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def image(docker, debian) -> str:
+def image(docker, debian, tmp_path_factory) -> str:
     """The training image's name."""
     producer = subprocess.Popen(
         [sys.executable, str(HERE / "stand_in_base.py"), str(debian)], stdout=subprocess.PIPE
@@ -83,7 +83,9 @@ def image(docker, debian) -> str:
     imported = docker("import", *LOADER, "-", _base(), stdin=producer.stdout)
     assert producer.wait() == 0
     assert imported.returncode == 0, imported.stderr
-    built = _build(docker, "megatron-dsv3")
+    pip_conf = tmp_path_factory.mktemp("pip") / "pip.conf"
+    pip_conf.write_text(_pip_settings())
+    built = _build(docker, "megatron-dsv3", "--secret", f"id=pip.conf,src={pip_conf}")
     assert built.returncode == 0, built.stderr[-5000:]
     return "megatron-dsv3"
 
@@ -92,6 +94,18 @@ def _build(docker: Docker, name: str, *options: str) -> subprocess.CompletedProc
     command = ["build", "--progress=plain", "--network", "host", "--tag", name]
     command += ["--file", str(ROOT / "docker" / "Dockerfile"), *options]
     return docker(*command, str(ROOT))
+
+
+def _pip_settings() -> str:
+    """How pip reaches packages on this machine, its certificates among it, as a pip.conf."""
+    lines = ["[global]"]
+    for key in ("index-url", "extra-index-url", "trusted-host", "cert"):
+        command = [sys.executable, "-m", "pip", "config", "get", f"global.{key}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        value = os.environ.get(f"PIP_{key.upper().replace('-', '_')}") or done.stdout.strip()
+        if value and not value.startswith("file:"):
+            lines.append(f"{key} = {value}")
+    return "\n".join(lines) + "\n"
 
 
 def _run(docker: Docker, image: str, *command: str, options: tuple[str, ...] = ()):
@@ -154,6 +168,7 @@ def test_the_image_holds_neither_sources_to_build_from_nor_an_index(docker, imag
     )
     environment = _run(docker, image, "env").stdout
     assert not [line for line in environment.splitlines() if line.startswith("PIP_INDEX")]
+    assert not _run(docker, image, "cat", "/etc/pip.conf").stdout
 
 
 def test_serving_needs_nothing_of_the_training_environment():
