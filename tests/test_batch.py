@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dsv3.data.batch import counted_tokens, make_batch, shift_targets
-from megatron_dsv3.data.dataset import EMPTY_SAMPLE, Sample
+from megatron_dsv3.data.dataset import EMPTY_SAMPLE
+from megatron_dsv3.data.store import Sample
 
 PAD = 1
 property_test = settings(max_examples=100, deadline=None, derandomize=True, database=None)

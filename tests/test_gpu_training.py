@@ -22,7 +22,7 @@ from megatron_dsv3.config.sections import ExpertsSection, MemorySection, Optimiz
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.dataset import Sample
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups, device_of, start, stop

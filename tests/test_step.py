@@ -24,7 +24,8 @@ from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
 from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.dataset import EMPTY_SAMPLE, Sample
+from megatron_dsv3.data.dataset import EMPTY_SAMPLE
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config

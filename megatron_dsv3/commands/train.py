@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,15 +21,15 @@ from megatron_dsv3.config.placement import mtp_stage, place, stage_costs
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader, check_target, write_hf
 from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.chat import load_tokenizer
 from megatron_dsv3.data.dataset import (
-    Sample,
     Samples,
     global_batches,
     load_samples,
     rank_micro_batches,
 )
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.data.templates import TEMPLATES
+from megatron_dsv3.data.tokens import load_tokenizer
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config
@@ -95,17 +96,30 @@ def run(job: Job, console: Console, *, on_end: Sequence[Callable[[Trained], None
     Raises:
         ValueError: Before anything is started or written, where the job cannot work.
     """
+    check_target(job.output.dir)
+    inputs = read_inputs(job, int(os.environ.get("WORLD_SIZE", "1")), device_for(job))
+    with session(inputs) as groups:
+        _train_and_write(inputs, groups, console, on_end)
+
+
+def device_for(job: Job) -> torch.device:
+    """This process's device, set up for the job's precision."""
     if job.precision.compute == "fp32":
         # Read when CUDA starts. Transformer Engine multiplies fp32 in TF32 otherwise (3e-4 off).
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-    device = device_of(job.train.device)
-    inputs = read_inputs(job, int(os.environ.get("WORLD_SIZE", "1")), device)
+    return device_of(job.train.device)
+
+
+@contextmanager
+def session(inputs: Inputs) -> Iterator[Groups]:
+    """The job's process groups; an error of one rank leaves it with that rank's name."""
+    job, device = inputs.job, device_for(inputs.job)
     if device.type == "cpu":
         cpu.enable()
     stages = place(inputs.arch, job.parallel)
     groups = start(job.parallel, device, seed=job.train.seed, mtp_stage=mtp_stage(stages))
     try:
-        _train_and_write(inputs, groups, console, on_end)
+        yield groups
     except SharedError:
         raise
     except ValueError as error:
@@ -128,7 +142,6 @@ def read_inputs(job: Job, world_size: int, device: torch.device) -> Inputs:
     )
     if problems:
         raise ValueError("\n".join(problems))
-    check_target(job.output.dir)
     reader = HFReader(job.model.hf_dir)
     reader.check_against(arch)
     tokenizer = load_tokenizer(job.model.hf_dir)
@@ -151,7 +164,7 @@ def _train_and_write(
     console: Console,
     on_end: Sequence[Callable[[Trained], None]],
 ) -> None:
-    bridge = _load_model(inputs, groups)
+    bridge = load_model(inputs, groups)
     loop = _assemble(inputs, bridge, console)
     records = train(loop, _batches(inputs, groups))
     for callback in on_end:
@@ -164,7 +177,8 @@ def _train_and_write(
     _write(bridge, inputs, console)
 
 
-def _load_model(inputs: Inputs, groups: Groups) -> Bridge:
+def load_model(inputs: Inputs, groups: Groups) -> Bridge:
+    """This rank's chunks, filled from the job's files."""
     job = inputs.job
     config = mcore_config(
         inputs.arch,
@@ -173,6 +187,7 @@ def _load_model(inputs: Inputs, groups: Groups) -> Bridge:
         device=groups.device,
         experts=job.experts,
         memory=job.memory,
+        precision=job.precision,
     )
     chunks = build_chunks(
         inputs.arch,
@@ -214,6 +229,12 @@ def _assemble(inputs: Inputs, bridge: Bridge, console: Console) -> Run:
         experts=job.experts,
         spikes=job.spikes,
     )
+    if job.train.verify_first:
+        # Imported here: the reference brings transformers' models, seconds for nothing otherwise.
+        from megatron_dsv3.commands.gate import check_parity
+
+        samples, hf_dir = inputs.samples.samples, job.model.hf_dir
+        check_parity(step, bridge, samples, job=job, hf_dir=hf_dir, console=console)
     return Run(
         step=step,
         schedule=schedule,

@@ -69,7 +69,8 @@ class Job(Section):
             rounded = math.ceil(self.data.seq_length / multiple) * multiple
             problems.append(
                 f"data.seq_length {self.data.seq_length} is not divisible by {multiple}, as "
-                f"tp_size({parallel.tp_size}) and cp_size({parallel.cp_size}) ask; use {rounded}"
+                f"tp_size({parallel.tp_size}), cp_size({parallel.cp_size}) and "
+                f"fp8({self.precision.fp8}) ask; use {rounded}"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -85,10 +86,13 @@ class Job(Section):
         """What a row's length must be a multiple of.
 
         Context parallelism gives each rank two pieces, one of each half, so that the causal mask
-        costs all the same; sequence parallelism cuts what a rank holds once more.
+        costs all the same; sequence parallelism cuts what a rank holds once more. FP8 products need
+        a number of tokens on each rank that their blocks divide.
         """
         cp_size, tp_size = self.parallel.cp_size, self.parallel.tp_size
-        return math.lcm(2 * cp_size if cp_size > 1 else 1, cp_size * tp_size)
+        return math.lcm(
+            2 * cp_size if cp_size > 1 else 1, cp_size * tp_size * self.precision.row_multiple
+        )
 
     def num_micro_batches(self, world_size: int) -> int:
         """Forward and backward passes of a data-parallel rank per optimizer step.
@@ -129,6 +133,9 @@ class Job(Section):
         rules = {
             "optimizer.moments=bf16 needs Transformer Engine on a GPU; use fp32": (
                 optimizer.moments == "bf16"
+            ),
+            f"precision.fp8={self.precision.fp8} needs Transformer Engine on a GPU; use off": (
+                self.precision.fp8 != "off"
             ),
             "optimizer.offload_fraction needs a GPU to offload from; use 0": (
                 optimizer.offload_fraction > 0

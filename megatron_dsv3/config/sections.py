@@ -155,6 +155,10 @@ class TrainSection(Section):
     """For the order of samples, and for whatever else is random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: on GPUs where there are any."""
+    verify_first: bool = False
+    """Before the first step compare the model with transformers' layers, one at a time from the
+    files, and stop where they differ. Takes rank 0 one layer of memory in fp32 (46 GB for the
+    671B) and the time to read the files once."""
 
 
 class ValidationSection(Section):
@@ -186,6 +190,33 @@ class PrecisionSection(Section):
     compute: Literal["bf16", "fp32"] = "bf16"
     """Weights and activations. The optimizer keeps fp32 copies of bf16 weights; router, expert
     bias and loss are fp32 either way."""
+    fp8: Literal["off", "blockwise", "tensorwise", "mxfp8"] = "off"
+    """Format of the layers' matrix products, forward and backward; router, norms, attention's core,
+    embedding and head stay as `compute` says. blockwise: e4m3 with a scale for 1x128 values of
+    activations and 128x128 of weights, as DeepSeek-V3 was trained (paper section 3.3.2); Hopper and
+    later. tensorwise: a scale a tensor, e5m2 gradients. mxfp8: a scale for 32 values; Blackwell."""
+    fp8_params: bool = False
+    """Keep the layers' weights in FP8 alone beside the optimizer's fp32 copies: half the traffic of
+    their gathering, and no second copy of them for the products."""
+    bf16_first_layers: Annotated[int, Field(ge=0)] = 0
+    """Decoder layers at the beginning that stay out of FP8."""
+    bf16_last_layers: Annotated[int, Field(ge=0)] = 0
+    """Decoder layers at the end that stay out of FP8."""
+
+    @property
+    def row_multiple(self) -> int:
+        """Tokens that a rank's part of a row must be a multiple of."""
+        return {"off": 1, "blockwise": 16, "tensorwise": 16, "mxfp8": 32}[self.fp8]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fp8 != "off" and self.compute != "bf16":
+            raise ValueError(f"fp8 {self.fp8} needs compute bf16, got {self.compute}")
+        extras = ("fp8_params", "bf16_first_layers", "bf16_last_layers")
+        given = [name for name in extras if getattr(self, name)]
+        if given and self.fp8 == "off":
+            raise ValueError(f"{', '.join(given)} without fp8; choose one, such as fp8: blockwise")
+        return self
 
 
 class MemorySection(Section):

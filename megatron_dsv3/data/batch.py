@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_dsv3.data.dataset import Sample
+from megatron_dsv3.data.store import Sample
 
 
 @dataclass(frozen=True)

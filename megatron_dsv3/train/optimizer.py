@@ -18,6 +18,7 @@ def build_optimizer(
     section: OptimizerSection, chunks: Sequence[DistributedDataParallel], *, dtype: torch.dtype
 ) -> Any:
     """The distributed optimizer: fp32 masters and moments, each held by one data-parallel rank."""
+    model = chunks[0].config
     config = OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -31,6 +32,7 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_param_gather=section.overlap_param_gather,
+        fp8_recipe=model.fp8_recipe if model.fp8 else None,
         **_states(section),
     )
     return get_megatron_optimizer(config, list(chunks))

@@ -34,7 +34,8 @@ from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.mapping import Param
 from megatron_dsv3.data.batch import make_batch
-from megatron_dsv3.data.dataset import Sample, rank_micro_batches
+from megatron_dsv3.data.dataset import rank_micro_batches
+from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config

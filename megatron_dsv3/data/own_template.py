@@ -1,0 +1,221 @@
+"""The chat template that a tokenizer carries (Jinja), rendered with what counts for the loss.
+
+A turn's own part is what rendering the conversation up to it adds to the prompt that serving would
+show: two renderings, one the beginning of the other, so nothing is searched for in the text. Where
+a message spells a special token, private-use characters take its place until the template is done.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from megatron_dsv3.data.chat import Dropped, HistoryReasoning, Rendered, Span, strip_history
+from megatron_dsv3.data.messages import Conversation, Message
+from megatron_dsv3.data.templates import ChatTemplate, find_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+OWN = "tokenizer"
+"""The name by which a tokenizer's own template is chosen."""
+
+_FIRST_GUARD = 0xF0000
+_GUARDS = re.compile(r"[\U000F0000-\U000FFFFD]")
+
+
+@dataclass(frozen=True)
+class OwnTemplate:
+    """A Jinja template and the tokens it can write."""
+
+    text: str
+    variables: Mapping[str, str]
+    """The special tokens under the names that templates know them by."""
+    added: Mapping[str, int]
+    name: str = OWN
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> OwnTemplate:
+        """That of a loaded tokenizer.
+
+        Raises:
+            ValueError: It has none, or tokens whose place in a text depends on their neighbours.
+        """
+        text = tokenizer.chat_template
+        if isinstance(text, dict):
+            text = text.get("default")
+        if not text:
+            raise ValueError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template; choose a built-in"
+            )
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        if odd := [token.content for token in added if token.lstrip or token.rstrip]:
+            raise ValueError(
+                f"{tokenizer.name_or_path}: the token {odd[0]} swallows spaces beside it, which "
+                "template: tokenizer cannot follow; choose a built-in"
+            )
+        variables = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+        return cls(text, variables, tokenizer.get_added_vocab())
+
+    def render(
+        self, conversation: Conversation, *, history_reasoning: HistoryReasoning = "strip"
+    ) -> Rendered:
+        """The spans of a conversation, as `chat.render` gives them for a built-in template.
+
+        Raises:
+            ValueError: The template refuses it, or writes a turn otherwise than serving would.
+        """
+        dropped: list[Dropped] = []
+        if history_reasoning == "strip":
+            conversation, dropped = strip_history(conversation)
+        messages = [self._guarded(turn) for turn in conversation]
+        whole = self._write(messages)
+        stretches = []
+        for i, turn in enumerate(conversation):
+            if turn.role != "assistant":
+                continue
+            start, end = self._own_part(i, messages, whole)
+            dropped += _left_out(i, turn, messages[i], whole[start:end])
+            if turn.loss:
+                stretches.append((start, self._last_token(whole, start, end)))
+        for i, turn in enumerate(conversation):
+            if turn.role != "assistant":
+                dropped += _left_out(i, turn, messages[i], whole)
+        return Rendered(tuple(self._spans(whole, stretches)), tuple(dropped))
+
+    @cached_property
+    def _tokens(self) -> re.Pattern[str]:
+        longest_first = sorted(self.added, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)))
+
+    @cached_property
+    def _guard_of(self) -> Mapping[str, str]:
+        return {text: chr(_FIRST_GUARD + i) for i, text in enumerate(sorted(self.added))}
+
+    @cached_property
+    def _text_of(self) -> Mapping[str, str]:
+        return {guard: text for text, guard in self._guard_of.items()}
+
+    def _write(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+        # Of transformers only this part is light: the package as a whole takes seconds and 500 MB.
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            [text], _ = render_jinja_template(
+                [messages],
+                chat_template=self.text,
+                add_generation_prompt=prompt,
+                **self.variables,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the tokenizer's chat template refuses it: {error}") from None
+        return str(text)
+
+    def _own_part(self, i: int, messages: list[dict[str, Any]], whole: str) -> tuple[int, int]:
+        given = self._write(messages[:i], prompt=True)
+        upto = self._write(messages[: i + 1]) if i + 1 < len(messages) else whole
+        if not whole.startswith(upto):
+            raise ValueError(
+                f"messages[{i}]: the tokenizer's chat template writes this turn otherwise once "
+                "others follow it; use --history-reasoning expand, or a built-in template"
+            )
+        if upto.startswith(given):
+            return len(given), len(upto)
+        # Serving would show another prompt here. What both have in common is the prompt for sure,
+        # so long as it holds all text of earlier turns: then only tokens are left out.
+        start = _common_length(given, upto)
+        earlier = self._write(messages[:i]) if i else ""
+        if self._tokens.sub("", earlier[start:]):
+            raise ValueError(
+                f"messages[{i}]: the tokenizer's chat template writes earlier turns otherwise once "
+                "this one follows; use a built-in template"
+            )
+        return start, len(upto)
+
+    def _last_token(self, whole: str, start: int, end: int) -> int:
+        """Without the line break that some templates write behind the turn's end token."""
+        last = max((m.end() for m in self._tokens.finditer(whole, start, end)), default=end)
+        return last if not whole[last:end].strip() else end
+
+    def _guarded(self, turn: Message) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": turn.role, "content": self._guard(turn.content)}
+        if turn.reasoning is not None:
+            message["reasoning_content"] = self._guard(turn.reasoning)
+        if turn.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "type": call.type,
+                    "function": {
+                        "name": self._guard(call.name),
+                        "arguments": self._guard(call.arguments),
+                    },
+                }
+                for call in turn.tool_calls
+            ]
+        return message
+
+    def _guard(self, text: str) -> str:
+        if found := _GUARDS.search(text):
+            raise ValueError(
+                f"U+{ord(found.group()):X}, a character for private use, cannot be told from the "
+                "marks of this program; remove it, or use a built-in template"
+            )
+        return self._tokens.sub(lambda match: self._guard_of[match.group()], text)
+
+    def _spans(self, whole: str, stretches: list[tuple[int, int]]) -> Iterator[Span]:
+        position = 0
+        for match in self._tokens.finditer(whole):
+            if match.start() > position:
+                yield self._text_span(whole, position, match.start(), stretches)
+            counted = any(a <= match.start() and match.end() <= b for a, b in stretches)
+            yield Span(self.added[match.group()], counted)
+            position = match.end()
+        if position < len(whole):
+            yield self._text_span(whole, position, len(whole), stretches)
+
+    def _text_span(
+        self, whole: str, start: int, end: int, stretches: list[tuple[int, int]]
+    ) -> Span:
+        inside = [(max(a, start), min(b, end)) for a, b in stretches if a < end and b > start]
+        text = self._unguard(whole[start:end])
+        if inside == [(start, end)]:
+            return Span(text, True)
+        bounds = [
+            (len(self._unguard(whole[start:a])), len(self._unguard(whole[start:b])))
+            for a, b in inside
+        ]
+        return Span(text, False, tuple(bounds))
+
+    def _unguard(self, text: str) -> str:
+        return _GUARDS.sub(lambda match: self._text_of[match.group()], text)
+
+
+def _common_length(one: str, other: str) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def choose_template(name: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | OwnTemplate:
+    """A built-in template by its name, or the tokenizer's own."""
+    return OwnTemplate.of(tokenizer) if name == OWN else find_template(name)
+
+
+def _left_out(i: int, turn: Message, message: Mapping[str, Any], written: str) -> Iterator[Dropped]:
+    """What of a message the template did not write, up to spaces around it."""
+    reason = "the tokenizer's chat template does not write it"
+    texts = {"content": message["content"], "reasoning": message.get("reasoning_content", "")}
+    for part, text in texts.items():
+        if text.strip() not in written:
+            yield Dropped(i, part, reason, turn.loss)
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        if function["name"] not in written or function["arguments"] not in written:
+            raise ValueError(
+                f"messages[{i}]: the tokenizer's chat template does not write the call "
+                f"{json.dumps(function, ensure_ascii=False)[:80]} as it is; use a built-in template"
+            )
