@@ -217,8 +217,9 @@ def test_states_are_kept_as_the_job_says(monkeypatch, section, expected):
     """A GPU's business: Megatron-Core refuses some of it without Transformer Engine."""
     monkeypatch.setattr(module, "OptimizerConfig", dict)
     monkeypatch.setattr(module, "get_megatron_optimizer", lambda config, _: config)
-    config = build_optimizer(OptimizerSection(**section), [], dtype=torch.bfloat16)
-    default = build_optimizer(OptimizerSection(), [], dtype=torch.bfloat16)
+    chunk = SimpleNamespace(config=SimpleNamespace(fp8=None, fp8_recipe=None))
+    config = build_optimizer(OptimizerSection(**section), [chunk], dtype=torch.bfloat16)
+    default = build_optimizer(OptimizerSection(), [chunk], dtype=torch.bfloat16)
     assert {k: v for k, v in config.items() if k not in default or v != default[k]} == expected
 
 

@@ -25,7 +25,7 @@ MOVING = Case("one process, biases move", **MOVES)
 # Gradients are read after the step, and only those in fp32 are clipped where they are.
 BF16 = Case("one process, bf16", dtype="bf16", optimizer={"clip_grad": 0.0})
 BF16_GRADIENTS = {"dtype": "bf16", "optimizer": {"gradients": "bf16", "clip_grad": 0.0}}
-BF16_GRADIENT_TOLERANCE = 1e-2
+BF16_GRADIENT_TOLERANCE = 2e-2
 ALL_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
 LAYOUTS: dict[int, list[Case]] = {
@@ -160,7 +160,7 @@ def test_the_experts_biases_move_alike_in_every_layout(results, hf_dir, case):
 @pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("case", _all(WITH_BF16_GRADIENTS), ids=str)
 def test_gradients_summed_in_bf16_are_near_those_in_fp32(results, case):
-    """Each of eight sums rounds to 2^-9 of itself; measured 2e-3 of a gradient's norm."""
+    """Each of eight sums rounds to 2^-9 of itself; measured 6e-3 of a gradient's norm."""
     ours, theirs = (results.tensors(c.name, "gradients") for c in (case, BF16))
     error, name = worst(ours, theirs)
     assert 0 < error < BF16_GRADIENT_TOLERANCE, f"gradient of {name}: {error:.1e}"
