@@ -129,11 +129,10 @@ def test_a_piece_that_is_smaller_than_a_tensor_changes_nothing(
     assert worst_logit(write_all(cut, tmp_path / "out")) < LOGIT_TOLERANCE
 
 
-def test_every_tensor_comes_back_bit_for_bit(direction, hf_dir, tmp_path):
+def test_every_tensor_comes_back_bit_for_bit(direction, layout, hf_dir, tmp_path):
     directory = write_all(direction, tmp_path / "out")
-    arch = Architecture.from_hf(hf_dir)
-    back = MegatronSource.open(directory, arch, source="weights")
     source = direction.source
+    back = MegatronSource(directory, layout.boxes)
     assert list(back.infos()) == list(source.infos())
     for name, info in source.infos().items():
         assert back.infos()[name] == info
@@ -145,9 +144,7 @@ def test_every_tensor_comes_back_bit_for_bit(direction, hf_dir, tmp_path):
 def test_the_expert_bias_stays_fp32_beside_bf16_weights(reference, layout, tmp_path):
     hf_dir = reference.save(tmp_path / "bf16", dtype=torch.bfloat16)
     direction = _direction(hf_dir, layout)
-    back = MegatronSource.open(
-        write_all(direction, tmp_path / "out"), direction.source.arch, source="weights"
-    )
+    back = MegatronSource(write_all(direction, tmp_path / "out"), layout.boxes)
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert back.infos()[bias].dtype == torch.float32
     assert torch.equal(back.read(bias), reference.tensors()[bias])
@@ -175,9 +172,7 @@ def test_fp8_blocks_arrive_as_the_bf16_numbers_they_stand_for(reference, layout,
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     direction = _direction(plain, layout)
-    back = MegatronSource.open(
-        write_all(direction, tmp_path / "out"), direction.source.arch, source="weights"
-    )
+    back = MegatronSource(write_all(direction, tmp_path / "out"), layout.boxes)
     for name in table:
         assert torch.equal(back.read(name), expected[name]), name
 
@@ -198,8 +193,6 @@ def test_another_architecture_is_refused_with_what_differs(direction, tmp_path):
         MegatronSource.open(directory, replace(arch, num_mtp_layers=0), source="weights")
     with pytest.raises(ValueError, match=r"of the wrong shape: embedding.* expected \[256, 64\]"):
         MegatronSource.open(directory, replace(arch, vocab_size=256), source="weights")
-    with pytest.raises(ValueError, match="holds weights without masters"):
-        MegatronSource.open(directory, arch, source="master")
 
 
 def _v3_infos() -> dict[str, TensorInfo]:

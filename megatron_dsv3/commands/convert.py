@@ -58,7 +58,7 @@ def run(direction: Direction, out: Path, resources: Resources, console: Console)
         ValueError: Something is wrong with source, target or machine; one message.
     """
     if resources.finalize:
-        offline.finalize(direction, out, force=True)
+        offline.finalize(direction, out)
         console.print(f"{out}: complete")
         return None
     with _bar(console) as bar:
