@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USER_ERROR = 2
+DIFFERENT = 1
 
 
 @app.command()
@@ -55,6 +56,27 @@ def report(
     from megatron_dsv3.commands import report as command
 
     command.run(runs, Console(), out=out)
+
+
+@app.command()
+def verify(
+    a: Annotated[
+        Path,
+        typer.Argument(help="The reference: a Hugging Face or Megatron directory.", metavar="A"),
+    ],
+    b: Annotated[
+        Path, typer.Argument(help="What is held against it: one of either kind.", metavar="B")
+    ],
+    tolerance: Annotated[
+        float, typer.Option(help="Relative error of a tensor that passes; 0: bit for bit.", min=0)
+    ] = 0.0,
+    workers: Annotated[int, typer.Option(help="Threads.", min=1)] = 2,
+) -> None:
+    """Compare two checkpoints tensor by tensor; exit code 1 where they differ."""
+    from megatron_dsv3.commands import compare as command
+
+    if not command.run(a, b, Console(), tolerance=tolerance, workers=workers):
+        raise typer.Exit(DIFFERENT)
 
 
 def main() -> None:
