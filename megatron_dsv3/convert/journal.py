@@ -85,8 +85,10 @@ class Journal:
 
     def entry(self, name: str) -> Entry | None:
         """What is known of a file; None: it is not finished. The file itself is not looked at."""
-        path = self._folder / f"{name}.json"
-        return Entry(**_read_json(path)) if path.exists() else None
+        try:
+            return Entry(**_read_json(self._folder / f"{name}.json"))
+        except FileNotFoundError:
+            return None
 
     def is_whole(self, name: str, *, on_bytes: Callable[[int], None]) -> bool:
         """Reads a finished file again and compares size and hash."""
@@ -103,15 +105,19 @@ class Journal:
             draft.replace(self._folder / f"{name}.json")
 
     def claim_end(self, *, force: bool = False) -> bool:
-        """Whether this process is the one that completes the target; True once, or by force."""
+        """Whether this process completes the target: the first one that asks, or any by force."""
         try:
             (self._folder / "ending").open("x").close()
         except FileExistsError:
             return force
-        # The other nodes' view: everything was finished and moved away meanwhile.
+        # Another node has done it meanwhile.
         except FileNotFoundError:
             return False
         return True
+
+    def release_end(self) -> None:
+        """Undoes `claim_end`."""
+        (self._folder / "ending").unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Removes the temporary directory."""
@@ -120,10 +126,10 @@ class Journal:
     def close(self) -> None:
         """Makes the target of the temporary directory."""
         with explained(self.out):
-            shutil.rmtree(self._folder)
-            sync(self.staging)
             self.staging.replace(self.out)
             sync(self.out.parent)
+            # Last: without it nobody could go on after a kill at this point.
+            shutil.rmtree(self.out / _JOURNAL)
 
 
 def check_target_absent(out: Path) -> None:

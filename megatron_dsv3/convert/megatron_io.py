@@ -227,20 +227,40 @@ def _archive(place: Place) -> zipfile.ZipFile:
 
 def _numbers(place: Place) -> _Numbers:
     """Opens a chunk's archive as far as needed to know where its numbers are."""
-    with _archive(place) as archive:
-        stored = load_archive(archive, str(place.file))
-        if not isinstance(stored, StoredTensor) or not stored.is_contiguous:
-            raise ValueError(f"{place.file}: expected a contiguous tensor at {place.offset}")
-        entry = next(i for i in archive.infolist() if i.filename.endswith(f"/{stored.record}"))
-        needed = stored.nbytes + stored.start * stored.dtype.itemsize
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < needed:
-            raise ValueError(f"{place.file}: damaged at {place.offset}; copy it again")
+    try:
+        with _archive(place) as archive:
+            stored = load_archive(archive, str(place.file))
+            if not isinstance(stored, StoredTensor) or not stored.is_contiguous:
+                raise ValueError(f"{place.file}: expected a contiguous tensor at {place.offset}")
+            record = _record(place, archive, stored)
+    except ValueError:
+        raise
+    # zipfile fails in many ways at what is no archive.
+    except Exception as error:
+        raise ValueError(
+            f"{place.file}: truncated or damaged at byte {place.offset} ({error!r}); copy it again"
+        ) from None
+    return _Numbers(stored, place.offset + record + stored.start * stored.dtype.itemsize)
+
+
+def _record(place: Place, archive: zipfile.ZipFile, stored: StoredTensor) -> int:
+    """Where a tensor's record begins in its archive."""
+    entries = archive.infolist()
+    (at,) = [i for i, entry in enumerate(entries) if entry.filename.endswith(f"/{stored.record}")]
+    entry = entries[at]
     with place.file.open("rb") as file:
         # Only the local header has the length of the padding that aligns the numbers.
         header = os.pread(file.fileno(), 30, place.offset + entry.header_offset)
     lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    start = place.offset + entry.header_offset + 30 + lengths
-    return _Numbers(stored, start + stored.start * stored.dtype.itemsize)
+    start = entry.header_offset + 30 + lengths
+    # The next record follows directly, after 16 or 24 bytes of description: nothing else is sure to
+    # notice a flipped bit in that length, which would shift all numbers.
+    gap = entries[at + 1].header_offset - start - entry.file_size
+    needed = stored.nbytes + stored.start * stored.dtype.itemsize
+    fits = entry.compress_type == zipfile.ZIP_STORED and entry.file_size >= needed
+    if not fits or gap not in (0, 16, 24):
+        raise ValueError(f"{place.file}: damaged at byte {place.offset}; copy it again")
+    return start
 
 
 def _check_backend(directory: Path) -> None:

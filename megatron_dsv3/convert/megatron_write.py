@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Buffer, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -184,7 +184,7 @@ class ToMegatron:
             for chunk in self.plan.files[unit]:
                 tensor = self._read(chunk, memory)
                 offset = _align(file)
-                torch.save(tensor.view(chunk.sizes), file)
+                _save(tensor.view(chunk.sizes), file)
                 places.append([offset, file.tell() - offset])
                 on_bytes(chunk.info.nbytes + _ARCHIVE_BYTES)
             file.flush()
@@ -209,6 +209,31 @@ class ToMegatron:
             shutil.copyfile(self.source.directory / "config.json", folder / "config.json")
             copy_tokenizer_files(self.source.directory, folder)
             sync(folder)
+
+
+class _Witness:
+    """A file that remembers why it could not be written; torch tells only that it failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Buffer) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _save(tensor: Tensor, file: BinaryIO) -> None:
+    witness = _Witness(file)
+    try:
+        torch.save(tensor, witness)  # type: ignore[arg-type]  # it needs nothing but write
+    except Exception:
+        if witness.error is not None:
+            raise witness.error from None
+        raise
 
 
 def _align(file: BinaryIO) -> int:

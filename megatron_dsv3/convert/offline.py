@@ -172,41 +172,65 @@ def convert(
 
     work = _UnitWork(direction, journal, budget.piece_bytes)
     run_tasks(work, [unit.name for unit in mine], num_workers=budget.num_workers, on_tick=tick)
-    reports = finalize(direction, out)
+    # Alone there is nobody else who could be at it, only an earlier run that was killed.
+    reports = _complete(direction, journal, force=share.num_nodes == 1)
     finished = reports is not None
     return Outcome(done, time.monotonic() - began, peak, finished, reports or {})
 
 
-def finalize(
-    direction: Direction, out: Path, *, force: bool = False
-) -> Mapping[str, Report] | None:
-    """Completes a target whose files are all finished; None: some are not, or another node does it.
+def finalize(direction: Direction, out: Path) -> None:
+    """Completes a target after all nodes have ended, one of them perhaps while completing it.
 
     Args:
         direction: The same as the one that wrote the files.
         out: The target.
-        force: Raise where files are missing, and do it even if another node seems to be at it.
+
+    Raises:
+        ValueError: Files are not finished.
     """
     journal = Journal(out, direction.options())
+    missing = _missing(direction, journal)
+    if missing:
+        raise ValueError(
+            f"{journal.staging}: {len(missing)} of {len(direction.units())} files are not "
+            f"finished, the first is {missing[0]}; start the nodes again that were to write them"
+        )
+    _complete(direction, journal, force=True)
+
+
+def _complete(
+    direction: Direction, journal: Journal, *, force: bool
+) -> Mapping[str, Report] | None:
+    """Writes what comes after all files; None: some are missing, or another node does it or did.
+
+    Args:
+        direction: What is converted.
+        journal: Of the target.
+        force: Do it even if another node seems to be at it.
+    """
+    if _missing(direction, journal) or not journal.claim_end(force=force):
+        return None
+    try:
+        entries = {unit.name: journal.entry(unit.name) for unit in direction.units()}
+        reports = {name: entry.report for name, entry in entries.items() if entry is not None}
+        for stray in journal.staging.glob("*.part"):
+            stray.unlink(missing_ok=True)
+        direction.finish(journal.staging, reports)
+    except BaseException:
+        journal.release_end()
+        raise
+    journal.close()
+    return reports
+
+
+def _missing(direction: Direction, journal: Journal) -> list[str]:
+    """Units that are not finished."""
     entries = {unit.name: journal.entry(unit.name) for unit in direction.units()}
-    missing = [
+    return [
         name
         for name, entry in entries.items()
         if entry is None or not _has_size(journal.staging / name, entry.size)
     ]
-    if missing and force:
-        raise ValueError(
-            f"{journal.staging}: {len(missing)} of {len(entries)} files are not finished, the "
-            f"first is {missing[0]}; start the nodes again that were to write them"
-        )
-    if missing or not journal.claim_end(force=force):
-        return None
-    reports = {name: entry.report for name, entry in entries.items() if entry is not None}
-    for stray in journal.staging.glob("*.part"):
-        stray.unlink(missing_ok=True)
-    direction.finish(journal.staging, reports)
-    journal.close()
-    return reports
 
 
 def _has_size(path: Path, size: int) -> bool:
