@@ -41,6 +41,23 @@ def train(
 
 
 @app.command()
+def verify(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A training's checkpoint, or the folder of them (the newest is taken).",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Check that a checkpoint is whole: every file's hash, every tensor's header."""
+    from megatron_dsv3.commands import verify_checkpoint as command
+
+    console = Console()
+    command.run(checkpoint, lambda line: console.print(line, markup=False, soft_wrap=True))
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path],
