@@ -165,7 +165,8 @@ def verify(
     if other is None:
         from megatron_dsv3.commands import verify_checkpoint as whole
 
-        whole.run(reference, Console().print)
+        console = Console()
+        whole.run(reference, lambda line: console.print(line, markup=False, soft_wrap=True))
         return
     if other.suffix in JOB_SUFFIXES:
         settings = load_job(other, overrides or [])

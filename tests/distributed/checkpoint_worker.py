@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 checkpoint_worker.py HF_DIR OUT
 
-OUT/results.json: name -> what `test_checkpoints.py` asserts on. The first part of a name is what was
-done, the second the layout.
+OUT/results.json: name -> what `test_checkpoints.py` asserts on. The first part of a name is what
+was done, the second the layout.
 """
 
 import json
@@ -82,7 +82,8 @@ def same_layout(job: Job, folder: Path, groups: Groups) -> dict[str, Any]:
     unequal += differences(optimizer_state(whole), optimizer_state(rest))
     everyones: list[list[str]] = [[]] * groups.world_size
     dist.all_gather_object(everyones, unequal)
-    return {"losses": losses, "again": again, "unequal": sum(everyones, []), "told": told}
+    names = [name for part in everyones for name in part]
+    return {"losses": losses, "again": again, "unequal": names, "told": told}
 
 
 def other_layout(job: Job, folder: Path, groups: Groups) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints of four processes: exact in the same layout, equal in others, both ways with stock code.
+"""Four processes: exact in the same layout, equal in others, both ways with stock code.
 
 Weights, fp32 masters and moments are compared bit for bit; in another layout sums have another
 order, so losses are compared. Megatron-Core's own save and load are the outside reference.
