@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 PACKAGES = (
@@ -66,9 +67,8 @@ def _devices() -> Iterator[Fact]:
 
 
 def _memory() -> Fact:
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
-    free, total = kib["MemAvailable"] / (1 << 20), kib["MemTotal"] / (1 << 20)
+    memory = psutil.virtual_memory()
+    free, total = memory.available / _GIB, memory.total / _GIB
     return Fact("memory", f"{free:.1f} of {total:.1f} GiB free")
 
 
