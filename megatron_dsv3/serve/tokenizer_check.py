@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dsv3.data.tokens import encode, load_tokenizer
 from megatron_dsv3.data.templates import TEMPLATES, Special
+from megatron_dsv3.data.tokens import encode, load_tokenizer
 from megatron_dsv3.serve.finding import Finding
 
 if TYPE_CHECKING:
