@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 OWN = "tokenizer"
 """The name by which a tokenizer's own template is chosen."""
 
-_FIRST_GUARD = 0xF0000
-_GUARDS = re.compile(r"[\U000F0000-\U000FFFFD]")
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ class OwnTemplate:
         dropped: list[Dropped] = []
         if history_reasoning == "strip":
             conversation, dropped = strip_history(conversation)
-        messages = [self._guarded(turn) for turn in conversation]
+        guards = _Guards.of(self._tokens, conversation)
+        messages = [_as_dict(turn, guards) for turn in conversation]
         whole = self._write(messages)
         stretches = []
         for i, turn in enumerate(conversation):
@@ -85,20 +85,12 @@ class OwnTemplate:
         for i, turn in enumerate(conversation):
             if turn.role != "assistant":
                 dropped += _left_out(i, turn, messages[i], whole)
-        return Rendered(tuple(self._spans(whole, stretches)), tuple(dropped))
+        return Rendered(tuple(self._spans(whole, stretches, guards)), tuple(dropped))
 
     @cached_property
     def _tokens(self) -> re.Pattern[str]:
         longest_first = sorted(self.added, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)))
-
-    @cached_property
-    def _guard_of(self) -> Mapping[str, str]:
-        return {text: chr(_FIRST_GUARD + i) for i, text in enumerate(sorted(self.added))}
-
-    @cached_property
-    def _text_of(self) -> Mapping[str, str]:
-        return {guard: text for text, guard in self._guard_of.items()}
 
     def _write(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         # Of transformers only this part is light: the package as a whole takes seconds and 500 MB.
@@ -129,70 +121,107 @@ class OwnTemplate:
         # Serving would show another prompt here. What both have in common is the prompt for sure,
         # so long as it holds all text of earlier turns: then only tokens are left out.
         start = _common_length(given, upto)
+        inside = [m.start() for m in self._tokens.finditer(given) if m.start() < start < m.end()]
+        start = inside[0] if inside else start
         earlier = self._write(messages[:i]) if i else ""
         if self._tokens.sub("", earlier[start:]):
             raise ValueError(
                 f"messages[{i}]: the tokenizer's chat template writes earlier turns otherwise once "
                 "this one follows; use a built-in template"
             )
+        if upto.startswith(self._prompt, start):
+            start += len(self._prompt)
         return start, len(upto)
+
+    @cached_property
+    def _prompt(self) -> str:
+        """What serving puts between a user's turn and the answer."""
+        question = [{"role": "user", "content": ""}]
+        without, with_prompt = self._write(question), self._write(question, prompt=True)
+        return with_prompt.removeprefix(without) if with_prompt.startswith(without) else ""
 
     def _last_token(self, whole: str, start: int, end: int) -> int:
         """Without the line break that some templates write behind the turn's end token."""
         last = max((m.end() for m in self._tokens.finditer(whole, start, end)), default=end)
         return last if not whole[last:end].strip() else end
 
-    def _guarded(self, turn: Message) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": turn.role, "content": self._guard(turn.content)}
-        if turn.reasoning is not None:
-            message["reasoning_content"] = self._guard(turn.reasoning)
-        if turn.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "type": call.type,
-                    "function": {
-                        "name": self._guard(call.name),
-                        "arguments": self._guard(call.arguments),
-                    },
-                }
-                for call in turn.tool_calls
-            ]
-        return message
-
-    def _guard(self, text: str) -> str:
-        if found := _GUARDS.search(text):
-            raise ValueError(
-                f"U+{ord(found.group()):X}, a character for private use, cannot be told from the "
-                "marks of this program; remove it, or use a built-in template"
-            )
-        return self._tokens.sub(lambda match: self._guard_of[match.group()], text)
-
-    def _spans(self, whole: str, stretches: list[tuple[int, int]]) -> Iterator[Span]:
+    def _spans(
+        self, whole: str, stretches: list[tuple[int, int]], guards: _Guards
+    ) -> Iterator[Span]:
         position = 0
         for match in self._tokens.finditer(whole):
             if match.start() > position:
-                yield self._text_span(whole, position, match.start(), stretches)
+                yield _text_span(whole, (position, match.start()), stretches, guards)
             counted = any(a <= match.start() and match.end() <= b for a, b in stretches)
             yield Span(self.added[match.group()], counted)
             position = match.end()
         if position < len(whole):
-            yield self._text_span(whole, position, len(whole), stretches)
+            yield _text_span(whole, (position, len(whole)), stretches, guards)
 
-    def _text_span(
-        self, whole: str, start: int, end: int, stretches: list[tuple[int, int]]
-    ) -> Span:
-        inside = [(max(a, start), min(b, end)) for a, b in stretches if a < end and b > start]
-        text = self._unguard(whole[start:end])
-        if inside == [(start, end)]:
-            return Span(text, True)
-        bounds = [
-            (len(self._unguard(whole[start:a])), len(self._unguard(whole[start:b])))
-            for a, b in inside
+
+@dataclass(frozen=True, slots=True)
+class _Guards:
+    """One character for each special token that a conversation's text spells."""
+
+    by_token: Mapping[str, str]
+
+    @classmethod
+    def of(cls, tokens: re.Pattern[str], conversation: Conversation) -> _Guards:
+        texts = [text for turn in conversation for text in _texts(turn)]
+        spelled = sorted({match for text in texts for match in tokens.findall(text)})
+        taken = set("".join(texts)) if spelled else set()
+        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
+        return cls(dict(zip(spelled, free, strict=False)))
+
+    def put(self, text: str) -> str:
+        for token, guard in sorted(self.by_token.items(), key=lambda pair: -len(pair[0])):
+            text = text.replace(token, guard)
+        return text
+
+    def take_away(self, text: str) -> str:
+        for token, guard in self.by_token.items():
+            text = text.replace(guard, token)
+        return text
+
+
+def _texts(turn: Message) -> Iterator[str]:
+    yield turn.content
+    yield turn.reasoning or ""
+    for call in turn.tool_calls:
+        yield from (call.type, call.name, call.arguments)
+
+
+def _as_dict(turn: Message, guards: _Guards) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": guards.put(turn.content)}
+    if turn.reasoning is not None:
+        message["reasoning_content"] = guards.put(turn.reasoning)
+    if turn.tool_calls:
+        message["tool_calls"] = [
+            {
+                "type": guards.put(call.type),
+                "function": {
+                    "name": guards.put(call.name),
+                    "arguments": guards.put(call.arguments),
+                },
+            }
+            for call in turn.tool_calls
         ]
-        return Span(text, False, tuple(bounds))
+    return message
 
-    def _unguard(self, text: str) -> str:
-        return _GUARDS.sub(lambda match: self._text_of[match.group()], text)
+
+def _text_span(
+    whole: str, bounds: tuple[int, int], stretches: list[tuple[int, int]], guards: _Guards
+) -> Span:
+    start, end = bounds
+    inside = [(max(a, start), min(b, end)) for a, b in stretches if a < end and b > start]
+    text = guards.take_away(whole[start:end])
+    if inside == [bounds]:
+        return Span(text, True)
+
+    def place(position: int) -> int:
+        return len(guards.take_away(whole[start:position]))
+
+    return Span(text, False, tuple((place(a), place(b)) for a, b in inside))
 
 
 def _common_length(one: str, other: str) -> int:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from megatron_dsv3.data.messages import Conversation, parse_conversation
+from megatron_dsv3.data.messages import Conversation, Message, parse_conversation
 from megatron_dsv3.data.rows import RowError, kind_of
 
 SCHEMAS = ("messages", "conversations")
@@ -49,10 +49,10 @@ def read_chat(value: object) -> Chat:
     schema = _schema(value)
     try:
         _check_tools(value)
-        turns = value[schema]
-        if schema == "conversations":
-            turns = _as_messages(turns, value.get("system"))
-        return Chat(schema, parse_conversation(turns, key=schema))
+        if schema == "messages":
+            return Chat(schema, parse_conversation(value[schema]))
+        conversation = parse_conversation(_as_messages(value[schema]), key=schema)
+        return Chat(schema, (*_system(value), *conversation))
     except ValueError as error:
         raise RowError("bad conversation", str(error)) from None
 
@@ -80,13 +80,18 @@ def _check_tools(value: Mapping[str, Any]) -> None:
         )
 
 
-def _as_messages(turns: object, system: object) -> object:
+def _system(value: Mapping[str, Any]) -> Conversation:
+    if not value.get("system"):
+        return ()
+    if not isinstance(value["system"], str):
+        raise ValueError(f"system: expected a string, got {kind_of(value['system'])}")
+    return (Message("system", value["system"]),)
+
+
+def _as_messages(turns: object) -> object:
     if not isinstance(turns, list):
         return turns  # which parse_conversation refuses
-    messages = [_as_message(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    # Put before the turns it would shift their numbers in messages; the templates collect system
-    # prompts from everywhere.
-    return [*messages, {"role": "system", "content": system}] if system else messages
+    return [_as_message(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
 
 
 def _as_message(turn: object, where: str) -> object:
