@@ -201,7 +201,8 @@ PAIRS = {
         "train.micro_batch_size=3",
     ): "train.global_batch_size 64 is not divisible by micro_batch_size(3)",
     ("data.seq_length=1002", "parallel.cp_size=4", "parallel.tp_size=2"): (
-        "data.seq_length 1002 is not divisible by 8, as tp_size(2), cp_size(4) and fp8(off) ask; use 1008"
+        "data.seq_length 1002 is not divisible by 8, as tp_size(2), cp_size(4) and fp8(off) ask; "
+        "use 1008"
     ),
 }
 
