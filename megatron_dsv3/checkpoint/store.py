@@ -16,16 +16,20 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.optimizer.distrib_optimizer import param_group_identifier_keys
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_dsv3.checkpoint.headers import read_metadata
+from megatron_dsv3.checkpoint.optimizer import (
+    SHARDING,
+    optimizer_state,
+    param_states,
+    restore_optimizer,
+)
 from megatron_dsv3.checkpoint.writer import plan_save
 from megatron_dsv3.model.groups import Groups, SharedError, raise_together
 
 OWN = "megatron_dsv3"
 _RNG = "rng_state"
-_SHARDING = "fully_reshardable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ def request_save(
     models = _models(trainee, metadata)
     state: dict[str, Any] = {
         **models,
-        "optimizer": trainee.optimizer.sharded_state_dict(models, metadata=metadata),
+        "optimizer": optimizer_state(trainee.optimizer, models, metadata),
         "rng_state": _rng_object(trainee.groups, _rng_state(trainee.groups.device)),
         # The next four as Megatron-LM names them.
         "iteration": step,
@@ -127,7 +131,7 @@ def _load(trainee: Trainee, path: Path, *, optimizer: bool) -> Loaded:
     metadata = _metadata(trainee.groups)
     wanted: dict[str, Any] = _models(trainee, metadata)
     if optimizer:
-        wanted["param_states"] = _param_states(trainee.optimizer, dict(wanted), metadata)
+        wanted["param_states"] = param_states(trainee.optimizer, dict(wanted), metadata)
     if exact_rng:
         wanted["rng_state"] = _rng_object(trainee.groups, {})
     names = [name for name in wanted if name.startswith("model")]
@@ -137,7 +141,7 @@ def _load(trainee: Trainee, path: Path, *, optimizer: bool) -> Loaded:
     for name, chunk in zip(names, trainee.chunks, strict=True):
         chunk.load_state_dict(state[name], strict=True)
     if optimizer:
-        _restore_optimizer(trainee.optimizer, common, state["param_states"])
+        restore_optimizer(trainee.optimizer, common, state["param_states"])
         trainee.schedule.step(increment=common["opt_param_scheduler"]["num_steps"])
     else:
         trainee.optimizer.reload_model_params()
@@ -152,7 +156,7 @@ def _metadata(groups: Groups) -> dict[str, Any]:
     return {
         "singleton_local_shards": False,
         "dp_cp_group": groups.collection.dp_cp,
-        "distrib_optim_sharding_type": _SHARDING,
+        "distrib_optim_sharding_type": SHARDING,
         # Gather in host memory: on a GPU the gathered states may not fit beside the model.
         "distrib_optim_fully_reshardable_mem_efficient": groups.device.type == "cuda",
         "chained_optim_avoid_prefix": True,
@@ -178,62 +182,6 @@ def _layout(groups: Groups) -> list[int]:
     sizes = groups.collection
     by = (sizes.tp, sizes.pp, sizes.cp, sizes.ep, sizes.expt_tp)
     return [groups.world_size, *(group.size() for group in by)]
-
-
-# ---- Optimizer ----------------------------------------------------------------------------------
-
-
-def _parts(optimizer: Any) -> Sequence[Any]:
-    """A dense one, and one for experts where those are spread over ranks of their own."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _param_states(
-    optimizer: Any, models: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> dict[int, Any]:
-    """What to load, in a structure of our own: the saved one depends on the number of parts."""
-    return {
-        index: part.sharded_state_dict(models, is_loading=True, metadata=dict(metadata))[
-            "param_state"
-        ]
-        for index, part in enumerate(_parts(optimizer))
-    }
-
-
-def _restore_optimizer(
-    optimizer: Any, common: Mapping[str, Any], param_states: Mapping[int, Any]
-) -> None:
-    groups = _saved_groups(common["optimizer"])
-    for index, part in enumerate(_parts(optimizer)):
-        current = part.state_dict()["optimizer"]["param_groups"]
-        part.load_state_dict(
-            {
-                "optimizer": {"param_groups": [_match(group, groups) for group in current]},
-                "param_state": param_states[index],
-                "param_state_sharding_type": _SHARDING,
-            }
-        )
-
-
-def _saved_groups(saved: Mapping[Any, Any]) -> list[dict[str, Any]]:
-    """Of all parts: `{"optimizer": ...}` where there was one, `{0: {"optimizer": ...}, ...}`."""
-    parts = [saved] if "optimizer" in saved else list(saved.values())
-    return [group for part in parts for group in part["optimizer"]["param_groups"]]
-
-
-def _match(current: Mapping[str, Any], saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The saved group of this one's kind; experts may have been in a part of their own or not."""
-    kind = {key: current.get(key) for key in param_group_identifier_keys}
-
-    def differences(group: Mapping[str, Any]) -> list[str]:
-        return [key for key, value in kind.items() if group.get(key) != value]
-
-    best = min(saved, key=lambda group: len(differences(group)))
-    if others := set(differences(best)) - {"is_expert_parallel"}:
-        values = ", ".join(f"{k} is {kind[k]}, saved {best.get(k)}" for k in sorted(others))
-        raise ValueError(f"no saved parameter group fits: {values}")
-    present = {key: value for key, value in kind.items() if key in current}
-    return {**best, **present}
 
 
 # ---- Random states ------------------------------------------------------------------------------

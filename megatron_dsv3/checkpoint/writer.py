@@ -144,6 +144,7 @@ def _write(
     """Runs in the writer process of an asynchronous save, or here; one bucket is one file."""
     if os.getpid() != parent:
         _die_with(parent)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's to answer
         os.nice(10)
     if rank is None or results is None:  # this rank has nothing to write
         return None

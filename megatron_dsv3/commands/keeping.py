@@ -1,7 +1,7 @@
 """What happens between two steps besides training: checkpoints, exports, signals, the watchdog."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from megatron_dsv3.checkpoint.saver import Saver
 from megatron_dsv3.commands.assemble import Engine, write_model
 from megatron_dsv3.commands.resume import Identity, own_state
 from megatron_dsv3.convert.hf_io import HFReader
+from megatron_dsv3.model.groups import SharedError
 from megatron_dsv3.train.loop import StepBatch
 from megatron_dsv3.train.metrics import StepRecord
 from megatron_dsv3.train.signals import Requeue, StopRequest, stop_request
@@ -102,8 +103,10 @@ def keep(
         tell: Takes a line for the user.
     """
     job, groups = identity.job, engine.bridge.groups
-    section, callbacks = job.checkpoint, list[OnStep]()
-    callbacks.append(lambda *_: watchdog.progress())
+    section = job.checkpoint
+
+    def progress(*_: object) -> None:
+        watchdog.progress()
 
     def export(step: int) -> None:
         directory = Path(f"{job.output.dir}-step{step}")
@@ -113,20 +116,16 @@ def keep(
             write_model(engine.bridge, job, reader, directory)
             tell(f"wrote {directory}")
 
+    exporters: list[OnStep] = []
     if section.export_hf_every_steps is not None:
-        callbacks.append(
-            Exporter(
-                engine=engine,
-                every_steps=section.export_hf_every_steps,
-                watchdog=watchdog,
-                write=export,
-            )
-        )
+        every = section.export_hf_every_steps
+        exporters = [Exporter(engine=engine, every_steps=every, watchdog=watchdog, write=export)]
     if section.every_steps is None:
-        yield [*callbacks, callbacks[0]]
+        yield [progress, *exporters, progress]
         return
     if groups.rank == 0:
-        (job.checkpoint_dir / REQUEUE_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that cannot be written to is the first save's matter
+            (job.checkpoint_dir / REQUEUE_FILE).unlink()
     saver = Saver(engine.trainee, job.checkpoint_dir, section, tell)
     with stop_request(groups.device) as request:
         keeper = Keeper(
@@ -137,6 +136,10 @@ def keep(
             request=request,
             tell=tell,
         )
-        yield [*callbacks, keeper, callbacks[0]]
+        try:
+            yield [progress, keeper, *exporters, progress]
+        except SharedError:
+            saver.finish()  # the error is the run's, not that of the save under way
+            raise
         watchdog.pause()
         saver.finish()
