@@ -67,7 +67,7 @@ up() {
     echo "Name=gpu File=$root/devices/gpu[0-$((gpus - 1))]" >"$root/gres.conf"
     for ((i = 1; i <= nodes; i++)); do
         # The names of nodes are what the jobs under test get to see.
-        getent hosts "node$i" >/dev/null || echo "127.0.0.1 node$i" >>/etc/hosts
+        getent hosts "node$i" >/dev/null || echo "127.0.0.1 node$i # $root" >>/etc/hosts
     done
     slurmctld
     for ((i = 1; i <= nodes; i++)); do
@@ -92,6 +92,9 @@ down() {
     for file in "$root"/run/slurmd.*.pid "$root/run/slurmctld.pid" "$root/run/munged.pid"; do
         [[ ! -s $file ]] || kill "$(cat "$file")" 2>/dev/null || true
     done
+    # Written over, not replaced: in a container the file is mounted.
+    file=$(grep -v " # $root\$" /etc/hosts)
+    echo "$file" >/etc/hosts
 }
 
 shift 2
