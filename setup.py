@@ -34,7 +34,6 @@ REQUIREMENTS = [
     "matplotlib>=3.9,<4",
     # Input files: Parquet, and Zstandard, which Python itself reads from 3.14 on.
     "pyarrow>=20,<27",
-    "backports.zstd>=1,<2",
     "tensorboard>=2.18,<3",
 ]
 

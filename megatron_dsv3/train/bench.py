@@ -248,7 +248,8 @@ def free(chunks: Sequence[DistributedDataParallel], optimizer: Any) -> None:
             _empty(buffer.param_data)
             _empty(buffer.grad_data)
         for parameter in chunk.parameters():
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            if not hasattr(parameter, "get_high_precision_init_val"):  # FP8 ones take only FP8
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
     for part in optimizer.chained_optimizers:
         for master, state in part.optimizer.state.items():
             for tensor in [master, *state.values()]:
