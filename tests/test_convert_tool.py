@@ -186,3 +186,22 @@ def test_memory_stays_under_the_cap_with_tensors_that_would_not_fit(tmp_path):
     assert done.returncode == 0, done.stderr
     (peak,) = re.findall(r"at most ([\d.]+) GB of memory", done.stdout)
     assert 0.5e9 < float(peak) * 1e9 < parse_size(cap)
+
+
+@pytest.mark.slow
+def test_xtuners_file_becomes_a_directory_without_the_mtp_layer_that_it_lost(tmp_path):
+    config, tensors = small_checkpoints.bf16_tensors(**small_checkpoints.WIDE)
+    template = small_checkpoints.save(tmp_path / "hf", config, tensors)
+    (template / "tokenizer.json").write_text('{"a": "tokenizer"}')
+    kept = {n: t for n, t in tensors.items() if not n.startswith("model.layers.3.")}
+    torch.save({"state_dict": {f"llm.{n}": t for n, t in kept.items()}}, tmp_path / "a.pth")
+    arguments = ("--to", "hf", "--from-xtuner", tmp_path / "a.pth", "--out", tmp_path / "out")
+    assert "give --hf-template" in convert(*arguments).stderr
+    done = convert(*arguments, "--hf-template", template, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 0
+    assert (tmp_path / "out" / "tokenizer.json").exists()

@@ -6,6 +6,7 @@ that two processes share is counted twice. Pages of mapped files and of the page
 counted.
 """
 
+import ctypes
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ _COPIES = 4
 """Pieces that a worker holds at once: read, computed, and two in the buffers of both."""
 PIECE_BYTES = 32_000_000
 """Largest part of a tensor that a worker holds. An expert's matrix fits; larger gains nothing."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h: free bytes at the heap's end, and size of a block, that go back to the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +63,15 @@ def resident_bytes(pids: Iterable[int]) -> int:
             continue
         total += sum(1024 * int(kilobytes) for kilobytes in _COUNTED.findall(status))
     return total
+
+
+def keep_freed_memory() -> None:
+    """Makes this process reuse what it frees instead of giving it back to the system at once.
+
+    Each piece of a tensor would otherwise live in new pages, and their page faults take longer than
+    converting the numbers in them. A C library without this setting is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2 * PIECE_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _COPIES * PIECE_BYTES)

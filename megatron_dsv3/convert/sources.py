@@ -184,13 +184,10 @@ def _masters(directory: Path, infos: Mapping[str, TensorInfo]) -> dict[str, str]
     raise ValueError(f"{directory}: holds weights without masters; convert the weights")
 
 
-def fingerprint(directory: Path) -> str:
-    """Tells a checkpoint from any other, and from itself once it was written anew."""
-    files = sorted(
-        file
-        for kind in ("*.safetensors*", "*.distcp", ".metadata")
-        for file in directory.glob(kind)
-    )
+def fingerprint(place: Path) -> str:
+    """Tells a checkpoint, directory or file, from any other, and from itself written anew."""
+    kinds = ("*.safetensors*", "*.distcp", ".metadata")
+    files = [place] if place.is_file() else sorted(f for kind in kinds for f in place.glob(kind))
     # Two fine-tuned copies of a model have the same names and sizes: only times tell them apart.
     marks = [(f.name, (stat := f.stat()).st_size, int(stat.st_mtime)) for f in files]
     return xxhash.xxh3_128_hexdigest(json.dumps(marks))
