@@ -225,11 +225,14 @@ class _Witness:
             self.error = error
             raise
 
+    def flush(self) -> None:
+        """The file's owner does that."""
+
 
 def _save(tensor: Tensor, file: BinaryIO) -> None:
     witness = _Witness(file)
     try:
-        torch.save(tensor, witness)  # type: ignore[arg-type]  # it needs nothing but write
+        torch.save(tensor, witness)  # type: ignore[arg-type]  # it needs nothing more
     except Exception:
         if witness.error is not None:
             raise witness.error from None
