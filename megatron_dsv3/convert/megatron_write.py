@@ -225,11 +225,14 @@ class _Witness:
             self.error = error
             raise
 
+    def flush(self) -> None:
+        """Nothing to do: the file is synced once, after its last chunk."""
+
 
 def _save(tensor: Tensor, file: BinaryIO) -> None:
     witness = _Witness(file)
     try:
-        torch.save(tensor, witness)  # type: ignore[arg-type]  # it needs nothing but write
+        torch.save(tensor, witness)  # type: ignore[arg-type]  # needs no more of a file
     except Exception:
         if witness.error is not None:
             raise witness.error from None
