@@ -3,13 +3,13 @@ import hashlib
 import json
 
 import pytest
-from backports import zstd
+import zstd_file
 
 from megatron_dsv3.data import compressed
 from megatron_dsv3.data.rows import Fault, decode
 from megatron_dsv3.data.sources import Source
 
-PACK = {"gzip": gzip.compress, "zstd": zstd.compress}
+PACK = {"gzip": gzip.compress, "zstd": zstd_file.compress}
 ROWS = [{"messages": hashlib.sha256(bytes([i % 256])).hexdigest() * (i % 9)} for i in range(3000)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
@@ -57,7 +57,7 @@ def test_whole_rows_before_a_cut_are_given(tmp_path, packing):
     [
         ("gzip", gzip.compress(LINES)[:-8] + bytes(8)),
         ("gzip", gzip.compress(LINES) + b"junk"),
-        ("zstd", zstd.compress(LINES)[:12] + b"\xff" * 50 + zstd.compress(LINES)[62:]),
+        ("zstd", zstd_file.compress(LINES)[:12] + b"\xff" * 50 + zstd_file.compress(LINES)[62:]),
     ],
     ids=["checksum", "tail", "content"],
 )
@@ -95,6 +95,6 @@ def test_a_file_may_not_unpack_to_more_than_the_limit(tmp_path, monkeypatch):
 
 def test_a_short_repetition_is_no_bomb(tmp_path):
     lines = b'{"messages": 1}\n' * 100_000
-    values, faults, _ = read(tmp_path / "a", zstd.compress(lines))
-    assert len(lines) / len(zstd.compress(lines)) > compressed.MAX_RATIO
+    values, faults, _ = read(tmp_path / "a", zstd_file.compress(lines))
+    assert len(lines) / len(zstd_file.compress(lines)) > compressed.MAX_RATIO
     assert (len(values), faults) == (100_000, [])

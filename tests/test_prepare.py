@@ -8,7 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from backports import zstd
+import zstd_file
 from chat_cases import (
     BOS,
     EOS,
@@ -78,7 +78,7 @@ def mixed(tmp_path_factory):
     (folder / "1.jsonl").write_bytes(lines)
     (folder / "2.json").write_bytes(array)
     (folder / "3.jsonl.gz").write_bytes(gzip.compress(lines))
-    (folder / "4.json.zst").write_bytes(zstd.compress(array))
+    (folder / "4.json.zst").write_bytes(zstd_file.compress(array))
     pq.write_table(pa.Table.from_pylist(rows), folder / "5.parquet", row_group_size=100)
     return folder, [row["messages"] for row in rows]
 

@@ -8,7 +8,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from backports import zstd
+import zstd_file
 from chat_cases import TOOL_LOOP, assistant, tool_call, user
 from prepare_cases import GOOD, run, samples_of, write_rows
 
@@ -33,8 +33,8 @@ def parquet(*rows):
 
 
 GZ = gzip.compress(b"".join(row(user(str(i)), GOOD[1]) + b"\n" for i in range(300)))
-ZST = zstd.compress(row(user("q" * 5000), GOOD[1]))
-BOMB = zstd.compress(row(user("q" * 2000), GOOD[1]) * 100_000)
+ZST = zstd_file.compress(row(user("q" * 5000), GOOD[1]))
+BOMB = zstd_file.compress(row(user("q" * 2000), GOOD[1]) * 100_000)
 CALLING = {"tool_calls": [tool_call("f", "{}")], "reasoning_content": "r"}
 
 # name: content of a file, its reason, the message after the file's name, rows that are kept of it

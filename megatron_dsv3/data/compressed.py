@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Buffer, Callable
 from typing import Any, BinaryIO, cast
 
-from backports import zstd
+import pyarrow as pa
 
 from megatron_dsv3.data.rows import RowError
 
@@ -25,12 +25,16 @@ FREE_BYTES = 1 << 24
 MAX_BYTES = 1 << 40
 """Unpacked from one file."""
 BUFFER_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 16
 
 _MAGIC: dict[bytes, tuple[str, Callable[[BinaryIO], Any]]] = {
     b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file, mode="rb")),
-    b"\x28\xb5\x2f\xfd": ("zstd", lambda file: zstd.ZstdFile(file, mode="r")),
+    b"\x28\xb5\x2f\xfd": (
+        "zstd",
+        lambda file: pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"),
+    ),
 }
-_DAMAGE = (EOFError, OSError, zlib.error, zstd.ZstdError)
+_DAMAGE = (EOFError, OSError, zlib.error)
 
 
 class CountedFile(io.RawIOBase):
@@ -78,10 +82,10 @@ class _Bounded(io.RawIOBase):
         """Some bytes, 0 at the end."""
         view = memoryview(buffer)
         try:
-            # Not readinto: it would give up all that came before a damaged place.
-            content = self._stream.read1(len(view))
+            # Not readinto, and little at a time: what came before a damaged place is not lost.
+            content = self._stream.read1(min(len(view), _PIECE_BYTES))
         except _DAMAGE as error:
-            cut = isinstance(error, EOFError)
+            cut = isinstance(error, EOFError) or "Truncated" in str(error)  # Arrow's word
             raise RowError(
                 "file cut off" if cut else "damaged compression",
                 f"{self.path}: the compressed data {'end too early' if cut else 'are damaged'} "
