@@ -20,29 +20,37 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Several processes, yet one session: one summary, one closing line.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help venv check test test-fast test-all quickstart clean
+.PHONY: help venv check test test-fast test-all test-gpu test-integration quickstart clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 venv: ## Make the virtual environment (VENV, .venv by default) or find it right
 	@python=$$(bash scripts/find_python.sh) && "$$python" -I scripts/make_venv.py "$(VENV)"
 
-check: venv ## Lint, format, types, shell syntax, layering and file sizes; changes nothing
+check: venv ## Lint, format, types, shell scripts, Dockerfiles, layering and file sizes; changes nothing
 	ruff check
 	ruff format --check
 	mypy
-	for script in .ci/run $$(find * -name '*.sh' -not -path '*/site-packages/*'); do bash -n "$$script"; done
+	git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+	git ls-files -z '*.sh' .ci/run | xargs -0 shfmt -i 4 -d
+	hadolint docker/Dockerfile docker/Dockerfile.serve
 	python -m pytest -q tests/test_layering.py tests/test_file_size.py
 
 test: venv ## All tests but the wide matrices
-	$(PYTEST) -m "not wide" $(ARGS)
+	$(PYTEST) -m "not wide and not integration" $(ARGS)
 
 test-fast: venv ## Only tests of seconds
-	$(PYTEST) -m "not slow and not wide" $(ARGS)
+	$(PYTEST) -m "not slow and not wide and not integration" $(ARGS)
 
 test-all: venv ## Every test, the wide matrices too
 	$(PYTEST) $(ARGS)
+
+test-gpu: venv ## Tests on a GPU with Transformer Engine, in one process
+	python -m pytest -m gpu $(ARGS)
+
+test-integration: venv ## vLLM, slurm and Docker for real: installs them where root and apt are there
+	python -m pytest -m integration tests/integration $(ARGS)
 
 quickstart: venv ## Fine-tune a small DeepSeek-V3 and get a Hugging Face directory back, in minutes
 	bash examples/quickstart.sh $(ARGS)

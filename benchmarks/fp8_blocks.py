@@ -60,7 +60,7 @@ def main() -> None:
         gigabytes = out.nbytes / 1e9
         ours = gigabytes / seconds(partial(dequantize, fp8, scale_inv, out=out), repeats)
         theirs = gigabytes / seconds(partial(broadcast, fp8, scale_inv), repeats)
-        back = gigabytes / seconds(partial(quantize, original), repeats)
+        back = gigabytes / seconds(partial(quantize, original, out=fp8), repeats)
         size = "x".join(map(str, shape))
         print(f"{name:12} {size:>14} {ours:10.2f} {theirs:10.2f} {ours / theirs:5.1f} {back:9.2f}")
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from megatron_dsv3.config.job import load_job
+from megatron_dsv3.data.pipeline import History, OnBadRow, SampleOptions, TooLong
 
 app = typer.Typer(
     name="megatron-dsv3",
@@ -21,7 +22,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+serve = typer.Typer(help="Serve an exported model with vLLM.", no_args_is_help=True)
+app.add_typer(serve, name="serve")
 USER_ERROR = 2
+JOB_SUFFIXES = (".yaml", ".yml")
+DIFFERENT = 1
 
 
 @app.command()
@@ -41,6 +46,74 @@ def train(
 
 
 @app.command()
+def prepare(
+    model: Annotated[
+        Path, typer.Option(help="Hugging Face directory with the tokenizer.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Where the store will be.", show_default=False)],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Chat files (JSON, JSONL, .gz or .zst of them, Parquet), directories, patterns; "
+            "none: --show what is in the store already.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        str,
+        typer.Option(help="deepseek_v3, deepseek_v3_0324, deepseek_r1, deepseek_v3_1, tokenizer."),
+    ] = "deepseek_v3",
+    seq_length: Annotated[int, typer.Option(help="Most tokens of a sample.")] = 32768,
+    history_reasoning: Annotated[
+        History,
+        typer.Option(help="Reasoning of earlier turns; expand: one sample a turn, as when served."),
+    ] = "strip",
+    too_long: Annotated[TooLong, typer.Option(help="What becomes of longer samples.")] = "drop",
+    on_bad_row: Annotated[
+        OnBadRow, typer.Option(help="What becomes of what cannot be read.")
+    ] = "error",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; by default one a CPU.", show_default=False)
+    ] = None,
+    show: Annotated[int, typer.Option(help="Samples to print, counted tokens coloured.")] = 0,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a complete store.")] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code that comes with the tokenizer."),
+    ] = False,
+) -> None:
+    """Tokenise chat files into a store for training, and report what is in it."""
+    if not paths and not show:
+        raise ValueError("no input: name chat files, or --show N to look into a store")
+    # Imported here, so that --help doesn't wait for transformers.
+    from megatron_dsv3.commands import prepare as command
+
+    if not paths:
+        command.look(out, Console(), hf_dir=model, num_shown=show)
+        return
+    from megatron_dsv3.data.prepare import PrepareOptions
+
+    options = PrepareOptions(
+        template=template,
+        samples=SampleOptions(
+            seq_length=seq_length, too_long=too_long, history_reasoning=history_reasoning
+        ),
+        on_bad_row=on_bad_row,
+        num_workers=workers,
+        replace=replace,
+    )
+    command.run(
+        paths,
+        out,
+        options,
+        Console(),
+        hf_dir=model,
+        trust_remote_code=trust_remote_code,
+        num_shown=show,
+    )
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path],
@@ -55,6 +128,157 @@ def report(
     from megatron_dsv3.commands import report as command
 
     command.run(runs, Console(), out=out)
+
+
+@app.command()
+def verify(
+    reference: Annotated[
+        Path,
+        typer.Argument(
+            help="Hugging Face directory or Megatron checkpoint: what is right.",
+            show_default=False,
+        ),
+    ],
+    other: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A checkpoint of either kind, or a job file (.yaml, .yml); none: is the first "
+            "one, written by training, whole?",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="With a job: settings that replace the file's, section.name=value ..."),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(help="Of two checkpoints: relative error of a tensor that passes.", min=0),
+    ] = 0.0,
+    workers: Annotated[int, typer.Option(help="Of two checkpoints: threads.", min=1)] = 2,
+) -> None:
+    """Compare two checkpoints, or a job's model with transformers' layers; or check one checkpoint.
+
+    Exit code 1 where two checkpoints differ. A job's model is compared in its layout, alone or
+    under torchrun.
+    """
+    if other is None:
+        from megatron_dsv3.commands import verify_checkpoint as whole
+
+        console = Console()
+        whole.run(reference, lambda line: console.print(line, markup=False, soft_wrap=True))
+        return
+    if other.suffix in JOB_SUFFIXES:
+        settings = load_job(other, overrides or [])
+        from megatron_dsv3.commands import verify as gate
+
+        gate.run(reference, settings, Console())
+        return
+    if overrides:
+        raise ValueError(f"{other} is no job file; nothing can be set on it: {overrides}")
+    from megatron_dsv3.commands import compare
+
+    if not compare.run(reference, other, Console(), tolerance=tolerance, workers=workers):
+        raise typer.Exit(DIFFERENT)
+
+
+@app.command()
+def preflight(
+    local: Annotated[bool, typer.Option("--local", help="Look at this machine alone.")] = False,
+) -> None:
+    """Tell what this machine brings to a job: versions, GPUs, memory, disks."""
+    if not local:
+        raise ValueError("preflight: expected --local, the only machine that it looks at")
+    from megatron_dsv3.commands import preflight as command
+
+    command.run_local(Console())
+
+
+@serve.command("check")
+def serve_check(
+    hf_dir: Annotated[Path, typer.Argument(help="Exported model.", show_default=False)],
+) -> None:
+    """Tell whether vLLM can serve a directory; all that speaks against it, with what to do."""
+    from megatron_dsv3.commands import serve as command
+
+    command.check(hf_dir, Console())
+
+
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="VLLM_API_KEY", help="What requests must carry.", show_default=False),
+]
+
+
+@serve.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve_run(
+    context: typer.Context,
+    hf_dir: Annotated[Path, typer.Argument(help="Exported model.", show_default=False)],
+    tp: Annotated[int, typer.Option(help="Devices that share each layer.")] = 1,
+    pp: Annotated[int, typer.Option(help="Stages that share the layers.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    api_key: ApiKey = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in requests; by default the directory's.")
+    ] = None,
+    max_model_len: Annotated[int, typer.Option(help="Tokens of prompt and answer.")] = 32768,
+    reasoning_parser: Annotated[str, typer.Option(help="vLLM's, or none.")] = "deepseek_r1",
+    tool_parser: Annotated[
+        str, typer.Option(help="vLLM's: deepseek_v3, deepseek_v31, or none.")
+    ] = "deepseek_v3",
+    speculative: Annotated[
+        str | None, typer.Option(help="mtp, or vLLM's speculative config as JSON.")
+    ] = None,
+    python: Annotated[
+        str, typer.Option(help="Python of the environment where vLLM is installed.")
+    ] = sys.executable,
+    nodes: Annotated[int, typer.Option(help="Machines; this command runs on each of them.")] = 1,
+    node_rank: Annotated[int, typer.Option(help="Which of them this is; 0 answers requests.")] = 0,
+    main_address: Annotated[str | None, typer.Option(help="Address of machine 0.")] = None,
+    main_port: Annotated[int, typer.Option(help="Port of machine 0 for the others.")] = 29501,
+    ready_seconds: Annotated[float, typer.Option(help="When to give up waiting.")] = 7200,
+    check: Annotated[bool, typer.Option(help="Check the directory first.")] = True,
+    smoke: Annotated[bool, typer.Option(help="Ask one question when ready.")] = True,
+) -> None:
+    """Start vLLM, wait until it answers, ask one question; flags not listed go to vLLM."""
+    from megatron_dsv3.commands import serve as command
+    from megatron_dsv3.serve.vllm import Server
+
+    server = Server(
+        hf_dir=hf_dir,
+        python=python,
+        host=host,
+        port=port,
+        name=name,
+        tp_size=tp,
+        pp_size=pp,
+        max_model_len=max_model_len,
+        reasoning_parser=None if reasoning_parser == "none" else reasoning_parser,
+        tool_parser=None if tool_parser == "none" else tool_parser,
+        speculative=speculative,
+        num_nodes=nodes,
+        node_rank=node_rank,
+        main_address=main_address,
+        main_port=main_port,
+        extra=tuple(context.args),
+    )
+    command.run(
+        server, Console(), api_key=api_key, checked=check, smoke=smoke, ready_seconds=ready_seconds
+    )
+
+
+@serve.command("smoke")
+def serve_smoke(
+    url: Annotated[str, typer.Argument(help="Of the server: http://HOST:PORT", show_default=False)],
+    question: Annotated[str, typer.Option(help="What to ask.")] = "What is 17 * 24?",
+    max_tokens: Annotated[int, typer.Option(help="Longest reasoning and answer.")] = 256,
+    api_key: ApiKey = None,
+) -> None:
+    """Ask a server that runs one question; show reasoning, answer and tokens per second."""
+    from megatron_dsv3.commands import serve as command
+
+    command.smoke(url, Console(), question=question, max_tokens=max_tokens, api_key=api_key)
 
 
 def main() -> None:

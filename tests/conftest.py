@@ -49,3 +49,9 @@ def missing_for_gpu() -> str | None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := missing_for_gpu()):
         pytest.skip(reason)
+    if item.get_closest_marker("gpu"):
+        # Set by the first backward pass of a process, to one shape inside a training step and to
+        # another outside; a second of the other kind fails then.
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None

@@ -50,9 +50,9 @@ class Reference:
         hidden = base(tokens).last_hidden_state
         outputs = [self.model.lm_head(hidden)]
         length = tokens.size(1)
-        positions = torch.arange(length).expand_as(tokens)
+        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
         rotary = base.rotary_emb(hidden, positions)
-        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+        mask = torch.full((length, length), float("-inf"), device=tokens.device).triu(1)[None, None]
         for layer in self.mtp:
             tokens = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], 1)
             hidden = layer(base.embed_tokens(tokens), hidden, rotary, mask, positions, None)

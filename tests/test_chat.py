@@ -24,10 +24,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from megatron_dsv3.data import chat
-from megatron_dsv3.data.chat import encode, load_tokenizer, render, tokenize
+from megatron_dsv3.data import tokens
 from megatron_dsv3.data.messages import parse_conversation
 from megatron_dsv3.data.templates import TEMPLATES, Special
+from megatron_dsv3.data.tokens import Vocabulary, encode, load_tokenizer, render, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -150,16 +150,17 @@ def test_text_that_the_template_leaves_out_is_reported(tokenizer):
 def test_many_conversations_at_once_are_the_same_as_one_by_one(
     tokenizer, monkeypatch, characters_per_call
 ):
-    monkeypatch.setattr(chat, "_CHARACTERS_PER_CALL", characters_per_call)
+    monkeypatch.setattr(tokens, "_CHARACTERS_PER_CALL", characters_per_call)
     template = TEMPLATES["deepseek_r1"]
     rows = [THINKING, TOOL_LOOP, [user("<｜User｜>"), assistant(EOS)]]
-    together = tokenize([render(parse_conversation(row), template) for row in rows], tokenizer)
+    vocabulary = Vocabulary.of(tokenizer)
+    together = tokenize([render(parse_conversation(row), template) for row in rows], vocabulary)
     for row, encoded in zip(rows, together, strict=True):
         alone = encode(row, tokenizer, template)
         assert encoded.tokens.tolist() == alone.tokens.tolist()
         assert encoded.loss.tolist() == alone.loss.tolist()
         assert encoded.dropped == alone.dropped
-    assert tokenize([], tokenizer) == []
+    assert tokenize([], vocabulary) == []
 
 
 def test_a_tokenizer_set_to_truncate_and_pad_encodes_in_full(tokenizer):

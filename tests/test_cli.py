@@ -258,6 +258,26 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], None] | None, list[str], str]] 
         ["parallel.tp_size=2"],
         r"world size 1 is not tp_size\(2\) \* pp_size\(1\) \* cp_size\(1\) \* dp",
     ),
+    "optimizer instances that do not divide the copies": (
+        None,
+        ["parallel.num_optimizer_instances=2"],
+        r"instances 2 must divide both dp\(1\) \* cp\(1\) = 1 and edp\(1\); use one of 1$",
+    ),
+    "what needs a GPU, on a CPU": (
+        None,
+        ["optimizer.moments=bf16"],
+        r"optimizer\.moments=bf16 needs Transformer Engine on a GPU; use fp32",
+    ),
+    "activations to offload, on a CPU": (
+        None,
+        ["memory.offload_activations=[core_attn]"],
+        r"memory\.offload_activations needs a GPU to offload from; use \[\]",
+    ),
+    "a dispatcher that gloo refuses": (
+        None,
+        ["parallel.etp_size=2"],
+        r"etp_size\(2\) .* gloo refuses; use experts\.dispatcher=allgather or etp_size 1",
+    ),
     "an output directory that is not empty": (_occupied, [], r"out.*not .*empty"),
     "an unknown setting": (None, ["train.global_batch=4"], r"global_batch.*global_batch_size"),
     "a loss that is not finite": (

@@ -7,7 +7,6 @@ from chat_cases import assistant, deepseek_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dsv3.data.chat import encode
 from megatron_dsv3.data.dataset import (
     EMPTY_SAMPLE,
     Position,
@@ -18,6 +17,7 @@ from megatron_dsv3.data.dataset import (
 )
 from megatron_dsv3.data.store import Sample
 from megatron_dsv3.data.templates import TEMPLATES
+from megatron_dsv3.data.tokens import encode
 
 R1 = TEMPLATES["deepseek_r1"]
 property_test = settings(max_examples=100, deadline=None, derandomize=True, database=None)

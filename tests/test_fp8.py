@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dsv3.convert.fp8 import dequantize, quantize, scale_shape
+from megatron_dsv3.convert.fp8 import dequantize, quantize, requantize, scale_shape
 
 # Whole blocks, less than one, ragged edges; wider and taller than one tile of 64 blocks.
 SHAPES = [(128, 128), (1, 1), (3, 200), (130, 257), (256, 576), (129, 8400), (8400, 100), (300, 70)]
@@ -190,3 +190,46 @@ def test_nan_and_inf_are_refused_with_name_and_block(bad, place):
 def test_what_is_no_matrix_of_numbers_is_not_quantised(weight):
     with pytest.raises(ValueError, match="norm: expected a floating-point matrix"):
         quantize(weight, name="norm")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_untouched_numbers_keep_the_bytes_and_scales_that_gave_them(shape, dtype):
+    original = random_fp8(*shape)
+    values = dequantize(*original).to(dtype)
+    result = requantize(values, original)
+    assert same_bits(result.weight, original[0])
+    assert same_bits(result.scale_inv, original[1])
+    assert result.num_kept == original[1].numel()
+    assert not same_bits(quantize(values)[1], original[1]), "without the original they differ"
+
+
+@pytest.mark.parametrize("element", [(0, 0), (129, 256), (200, 130)])
+def test_a_changed_block_is_quantised_anew_and_the_others_stay(element):
+    original = random_fp8(300, 257)
+    values = dequantize(*original)
+    values[element] = 3.0
+    result = requantize(values, original)
+    row, col = (i // 128 for i in element)
+    block = (slice(128 * row, 128 * row + 128), slice(128 * col, 128 * col + 128))
+    anew, scales = quantize(values)
+    expected = original[0].clone(), original[1].clone()
+    expected[0][block], expected[1][row, col] = anew[block], scales[row, col]
+    assert same_bits(result.weight, expected[0])
+    assert same_bits(result.scale_inv, expected[1])
+    assert result.num_kept == 8
+
+
+def test_a_master_between_two_bf16_numbers_is_not_taken_for_untouched():
+    original = random_fp8(128, 128)
+    values = dequantize(*original).float()
+    values[3, 4] = torch.nextafter(values[3, 4], torch.tensor(9.0))
+    assert values.bfloat16()[3, 4] == dequantize(*original)[3, 4]
+    assert requantize(values, original).num_kept == 0
+
+
+def test_nan_is_refused_even_where_the_original_has_it():
+    octets = torch.full((2, 300), 0x7F, dtype=torch.uint8)
+    original = octets.view(torch.float8_e4m3fn), torch.ones(1, 3)
+    with pytest.raises(ValueError, match=r"down: the block at \[0:128, 0:128\] holds NaN"):
+        requantize(dequantize(*original), original, name="down")

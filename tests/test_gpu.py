@@ -3,7 +3,9 @@
 `make test-gpu` runs all `gpu` tests in one process: starting takes most of a minute.
 """
 
+import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import hf_reference
@@ -33,8 +35,10 @@ REAL_HEADS = {
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
 }  # fmt: skip
-# bf16 keeps 8 bits: 2^-9 an operation, some hundred in a row; measured 1e-2 of the norm.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+DTYPES = (torch.float32, torch.bfloat16)
+FP32_TOLERANCE = 1e-4
+# In bf16 the yardstick is what transformers' own bf16 model makes of the same weights.
+PEER_RATIO = 1.5
 
 
 @pytest.fixture(scope="module")
@@ -90,44 +94,85 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.float().cpu() - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@dataclass(frozen=True)
+class Outcome:
+    """Of one model on one input."""
+
+    logits: list[Tensor]
+    gradients: dict[str, Tensor]
+
+
+def _transformers(reference: Reference, tokens: Tensor, labels: Tensor) -> Outcome:
+    reference.model.zero_grad()
+    reference.mtp.zero_grad()
+    logits = reference.logits(tokens)
+    sum(
+        F.cross_entropy(depth.float().flatten(0, 1), label.flatten(), reduction="sum")
+        for depth, label in zip(logits, labels, strict=True)
+    ).backward()
+    return Outcome(
+        [depth.detach().float().cpu() for depth in logits],
+        {name: gradient.float().cpu() for name, gradient in reference.gradients().items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def exact(reference, tokens) -> Outcome:
+    """transformers in fp32 on the CPU."""
+    return _transformers(reference, tokens, _labels(tokens))
+
+
+@pytest.fixture(scope="module")
+def peer(reference, tokens) -> Outcome:
+    """transformers in bf16 on the GPU; the experts' biases stay fp32, as they do with us."""
+    half = copy.deepcopy(reference)
+    for module in (half.model, half.mtp):
+        biases = {n: b.clone() for n, b in module.named_buffers() if n.endswith("correction_bias")}
+        module.to("cuda", torch.bfloat16)
+        for name, bias in biases.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, bias.cuda())
+    return _transformers(half, tokens.cuda(), _labels(tokens).cuda())
+
+
+def _labels(tokens: Tensor) -> Tensor:
+    return torch.stack([F.pad(tokens[:, depth + 1 :], (0, depth + 1)) for depth in range(2)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_logits_and_gradients_are_those_of_transformers(
-    groups, reference, tokens, tmp_path, dtype, packed
+    groups, reference, tokens, exact, peer, tmp_path, dtype, packed
 ):
     if packed and dtype is torch.float32:
         pytest.skip("cuDNN has no fp32 attention, and unfused attention no packed rows")
     bridge = _bridge(reference, tmp_path, groups, dtype)
     [model] = bridge.chunks
-    labels = torch.stack([F.pad(tokens[:, d + 1 :], (0, d + 1)) for d in range(2)])
-    rows, marked = tokens.cuda(), labels.cuda()
+    rows, marked = tokens.cuda(), _labels(tokens).cuda()
     row = None
     if packed:
         rows, marked, row = rows.view(1, -1), marked.view(2, 1, -1), _packed(2, groups.device)
     positions = torch.arange(LENGTH, device="cuda").expand(2, LENGTH).reshape(rows.shape)
     with torch.no_grad():
         ours = model(rows, positions, None, packed_seq_params=row)
-    theirs = reference.logits(tokens)
-    for depth, logits in enumerate(theirs):
-        assert _error(ours[depth].view(logits.shape), logits.detach()) < TOLERANCE[dtype]
-    reference.model.zero_grad()
-    reference.mtp.zero_grad()
-    sum(
-        F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="sum")
-        for logits, label in zip(theirs, labels, strict=True)
-    ).backward()
+    for depth, logits in enumerate(exact.logits):
+        bound = FP32_TOLERANCE
+        if dtype is torch.bfloat16:
+            bound = PEER_RATIO * _error(peer.logits[depth], logits)
+        assert _error(ours[depth].view(logits.shape), logits) < bound
     wrapped = wrap([model], model.config)
     wrapped[0].zero_grad_buffer()
     wrapped[0](rows, positions, None, labels=marked, packed_seq_params=row).sum().backward()
-    gradients = reference.gradients()
-    errors = {}
+    excess = {}
     for param, tensor in bridge.local_tensors():
         if not param.is_buffer:
             for name, ours in zip(param.hf, pieces_of(param, tensor.main_grad, 1), strict=True):
-                errors[name] = _error(ours, gradients[name])
-    worst = max(errors, key=errors.__getitem__)
-    # A gradient has passed through twice the operations, and routing of near ties may differ.
-    assert errors[worst] < 3 * TOLERANCE[dtype], f"{worst}: {errors[worst]:.1e}"
+                bound = 3 * FP32_TOLERANCE
+                if dtype is torch.bfloat16:
+                    bound = PEER_RATIO * _error(peer.gradients[name], exact.gradients[name])
+                excess[name] = _error(ours, exact.gradients[name]) / bound
+    worst = max(excess, key=excess.__getitem__)
+    assert excess[worst] < 1, f"{worst}: {excess[worst]:.2f} of what is allowed"
 
 
 def test_load_and_export_give_back_every_bit_through_transformer_engine(

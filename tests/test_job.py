@@ -178,12 +178,31 @@ PAIRS = {
         "schedule.warmup_fraction=null",
     ): "give one of warmup_fraction and warmup_steps, got None and",
     ("optimizer.overlap_param_gather=true",): "overlap_param_gather needs overlap_grad_reduce",
+    (
+        "optimizer.moments=bf16",
+        "optimizer.offload_fraction=0.5",
+    ): "moments=bf16 and offload_fraction exclude each other",
+    (
+        "optimizer.gradients=bf16",
+        "precision.compute=fp32",
+    ): "optimizer.gradients=bf16 needs precision.compute=bf16",
+    ("memory.offload_activations=[attn_proj]",): "attn_proj needs core_attn",
+    (
+        "memory.offload_activations=[moe_act]",
+        "memory.recompute=full",
+    ): "has nothing to offload where recompute is full; use selective",
+    (
+        "memory.offload_activations=[moe_act,expert_fc1]",
+        "memory.recompute=selective",
+        "memory.recompute_modules=[moe]",
+    ): "expert_fc1, moe_act would be computed again with recompute_modules: moe",
     ("schedule.min_lr=1e-6",): "schedule.min_lr 1e-06 exceeds optimizer.lr 2e-07",
     (
         "train.micro_batch_size=3",
     ): "train.global_batch_size 64 is not divisible by micro_batch_size(3)",
     ("data.seq_length=1002", "parallel.cp_size=4", "parallel.tp_size=2"): (
-        "data.seq_length 1002 is not divisible by 8, as tp_size(2) and cp_size(4) ask; use 1008"
+        "data.seq_length 1002 is not divisible by 8, as tp_size(2), cp_size(4) and fp8(off) ask; "
+        "use 1008"
     ),
 }
 
@@ -296,6 +315,42 @@ def test_problems_with_model_and_world_come_together():
         "data.seq_length 49152 exceeds the model's max_position_embeddings"
     )
     assert len(problems) == len(set(problems)) == 5
+
+
+CPU_CANNOT = {
+    "optimizer": ({"moments": "bf16"}, "optimizer.moments=bf16 needs Transformer", "use fp32"),
+    "host": ({"offload_fraction": 0.5}, "optimizer.offload_fraction needs a GPU", "use 0"),
+    "memory": (
+        {"offload_activations": ["core_attn"]}, "memory.offload_activations needs a GPU", "use []",
+    ),
+    "parallel": (
+        {"etp_size": 2}, "parallel.etp_size(2) with experts.dispatcher=alltoall",
+        "use experts.dispatcher=allgather or etp_size 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CPU_CANNOT)
+def test_what_a_cpu_cannot_do_is_named_with_the_nearest_that_it_can(name):
+    settings, reason, way_out = CPU_CANNOT[name]
+    section = "optimizer" if name == "host" else name
+    [problem] = job(**{section: settings}).backend_problems("cpu")
+    assert problem.startswith(reason)
+    assert problem.endswith(way_out)
+    assert job(**{section: settings}).backend_problems("cuda") == []
+
+
+def test_the_nearest_that_a_cpu_can_do_is_no_problem():
+    nearest = {"parallel": {"etp_size": 2}, "experts": {"dispatcher": "allgather"}}
+    assert job(**nearest).backend_problems("cpu") == job().backend_problems("cpu") == []
+
+
+def test_a_gpu_has_no_fp32_attention_over_packed_rows():
+    fp32 = job(precision={"compute": "fp32"})
+    [problem] = fp32.backend_problems("cuda")
+    assert problem.startswith("precision.compute=fp32: ")
+    assert problem.endswith("use bf16, or train.device=cpu")
+    assert fp32.backend_problems("cpu") == []
 
 
 def test_a_problem_with_the_world_does_not_hide_one_with_the_batch():

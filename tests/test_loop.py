@@ -120,7 +120,7 @@ def test_records_by_hand(clock):
 
 def test_sinks_and_callbacks_get_every_record_and_sinks_are_closed_once():
     sinks, seen = [Recorder(), Recorder()], []
-    records = train(_run(sinks=sinks, on_step=[seen.append]), _batches())
+    records = train(_run(sinks=sinks, on_step=[lambda record, _: seen.append(record)]), _batches())
     assert len(records) == NUM_STEPS
     assert seen == records
     for sink in sinks:
@@ -200,7 +200,7 @@ def test_a_callback_sees_the_schedule_already_moved_on():
     run = _run(
         schedule=run.schedule,
         optimizer=run.optimizer,
-        on_step=[lambda record: steps.append((record.step, run.schedule.num_steps))],
+        on_step=[lambda record, _: steps.append((record.step, run.schedule.num_steps))],
     )
     train(run, _batches())
     assert steps == [(1, 1), (2, 2), (3, 3)]
@@ -209,7 +209,11 @@ def test_a_callback_sees_the_schedule_already_moved_on():
 @pytest.mark.parametrize("kind", [NonFiniteError, ValueError])
 def test_a_step_that_fails_is_named_and_the_sinks_are_closed(kind):
     sink, seen = Recorder(), []
-    run = _run(Step(fails_at=2, error=kind("samples a")), sinks=[sink], on_step=[seen.append])
+    run = _run(
+        Step(fails_at=2, error=kind("samples a")),
+        sinks=[sink],
+        on_step=[lambda record, _: seen.append(record)],
+    )
     with pytest.raises(kind, match=r"^step 2: samples a$") as raised:
         train(run, _batches())
     assert type(raised.value) is kind

@@ -125,6 +125,27 @@ def test_updates_are_those_of_torch_with_its_clipping(make, section):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_gradients_are_clipped_wherever_the_optimizer_keeps_them(groups, decoupled):
+    """Beside bf16 moments, or masters on the host, they are not in `.grad`."""
+    parameter, seen = torch.nn.Parameter(torch.zeros(2)), []
+    name = "decoupled_grad" if decoupled else "grad"
+    part = SimpleNamespace(
+        config=SimpleNamespace(
+            clip_grad=1.0, use_precision_aware_optimizer_no_fp8_or_ds_fp8=decoupled
+        ),
+        get_parameters=lambda: [parameter],
+    )
+    chained = SimpleNamespace(
+        chained_optimizers=[part],
+        prepare_grads=lambda: setattr(parameter, name, torch.tensor([3.0, 4.0])),
+        get_grad_norm=lambda: 5.0,
+        step_with_ready_grads=lambda: seen.append(getattr(parameter, name).clone()),
+    )
+    assert update(chained) == 5.0
+    torch.testing.assert_close(seen, [torch.tensor([0.6, 0.8])])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["experts.linear_fc2.weight1", "output_layer", "layernorm.weight"])
 def test_a_gradient_that_is_not_finite_stops_before_anything_changes(make, bad, name):
@@ -183,6 +204,7 @@ def test_masters_of_bf16_weights_are_fp32(groups):
         (
             {"offload_fraction": 0.5},
             {
+                "use_precision_aware_optimizer": True,
                 "optimizer_cpu_offload": True,
                 "optimizer_offload_fraction": 0.5,
                 "overlap_cpu_optimizer_d2h_h2d": True,
@@ -195,8 +217,9 @@ def test_states_are_kept_as_the_job_says(monkeypatch, section, expected):
     """A GPU's business: Megatron-Core refuses some of it without Transformer Engine."""
     monkeypatch.setattr(module, "OptimizerConfig", dict)
     monkeypatch.setattr(module, "get_megatron_optimizer", lambda config, _: config)
-    config = build_optimizer(OptimizerSection(**section), [], dtype=torch.bfloat16)
-    default = build_optimizer(OptimizerSection(), [], dtype=torch.bfloat16)
+    chunk = SimpleNamespace(config=SimpleNamespace(fp8=None, fp8_recipe=None))
+    config = build_optimizer(OptimizerSection(**section), [chunk], dtype=torch.bfloat16)
+    default = build_optimizer(OptimizerSection(), [chunk], dtype=torch.bfloat16)
     assert {k: v for k, v in config.items() if k not in default or v != default[k]} == expected
 
 

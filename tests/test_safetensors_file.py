@@ -124,3 +124,40 @@ def test_no_room_is_an_error_that_names_the_file(tmp_path):
     layout = {"a": TensorInfo(torch.float32, (1 << 20,))}
     with pytest.raises(ValueError, match=r"a\.safetensors: cannot be written .*free space"):
         SafetensorsWriter(tmp_path / "a.safetensors", layout)
+
+
+def test_rows_of_several_tensors_may_alternate(tmp_path):
+    names = ["half", "float", "byte"]
+    with SafetensorsWriter(tmp_path / "a.safetensors", {n: LAYOUT[n] for n in names}) as writer:
+        writer.append("half", TENSORS["half"][:2])
+        writer.append("float", TENSORS["float"][:1])
+        writer.append("half", TENSORS["half"][2:5])
+        writer.write("byte", TENSORS["byte"])
+        writer.append("float", TENSORS["float"][1:])
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(loaded[n].float(), TENSORS[n].float()) for n in names)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(6, 3).half(), "half: expected rows of .*, 30 bytes of it, got .*6, 3"),
+        (torch.zeros(2, 4).half(), r"half: expected rows .* got torch.float16 \[2, 4\]"),
+        (torch.zeros(2, 3), "half: expected rows .* got torch.float32"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows, message, tmp_path):
+    layout = {"half": LAYOUT["half"]}
+    with (
+        pytest.raises(ValueError, match=message),
+        SafetensorsWriter(tmp_path / "a.safetensors", layout) as writer,
+    ):
+        writer.append("half", rows)
+
+
+def test_rows_that_never_came_are_named(tmp_path):
+    with (
+        pytest.raises(ValueError, match="never written: half"),
+        SafetensorsWriter(tmp_path / "a.safetensors", {"half": LAYOUT["half"]}) as writer,
+    ):
+        writer.append("half", TENSORS["half"][:4])

@@ -20,8 +20,8 @@ from chat_cases import (
 )
 from hypothesis import assume, given
 
-from megatron_dsv3.data.chat import encode
 from megatron_dsv3.data.templates import TEMPLATES, find_template
+from megatron_dsv3.data.tokens import encode
 
 
 @pytest.fixture(scope="module")

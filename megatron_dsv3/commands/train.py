@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,38 +13,37 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from megatron_dsv3.commands.assemble import Engine, build_engine, build_model, write_model
+from megatron_dsv3.commands.keeping import OnStep, keep
+from megatron_dsv3.commands.resume import Identity, Progress, find_checkpoint, resume
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.counts import flops_per_token
 from megatron_dsv3.config.devices import peak_bf16_tflops
 from megatron_dsv3.config.job import Job, to_yaml
 from megatron_dsv3.config.placement import mtp_stage, place, stage_costs
-from megatron_dsv3.convert.bridge import Bridge
-from megatron_dsv3.convert.hf_io import HFReader, check_target, write_hf
+from megatron_dsv3.convert.hf_io import HFReader, check_target
 from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.chat import load_tokenizer
 from megatron_dsv3.data.dataset import (
     Samples,
     global_batches,
     load_samples,
     rank_micro_batches,
 )
+from megatron_dsv3.data.fingerprints import tokenizer_fingerprint
 from megatron_dsv3.data.store import Sample
 from megatron_dsv3.data.templates import TEMPLATES
+from megatron_dsv3.data.tokens import load_tokenizer
 from megatron_dsv3.model import cpu
-from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
-from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups, RankError, SharedError, device_of, start, stop
+from megatron_dsv3.serve.hf_check import check_hf
 from megatron_dsv3.train.loop import Run, StepBatch, train
 from megatron_dsv3.train.metrics import FileSink, LineSink, Sink, StepRecord
-from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
 from megatron_dsv3.train.progress import ProgressSink
 from megatron_dsv3.train.sinks import TrackedRun, start_trackers, tracker_problems
 from megatron_dsv3.train.step import Losses, TrainStep
+from megatron_dsv3.train.watchdog import watchdog
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-HF_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,19 @@ class Inputs:
     samples: Samples
     validation: Samples | None
     pad_id: int
+    tokenizer: str
+    """Fingerprint."""
+
+    @property
+    def identity(self) -> Identity:
+        """By which a checkpoint of this training is known."""
+        report = self.samples.report
+        counts = {
+            "samples": report.samples,
+            "tokens": report.tokens,
+            "counted_tokens": report.counted_tokens,
+        }
+        return Identity(self.job, self.arch, self.tokenizer, counts)
 
     @property
     def arch(self) -> Architecture:
@@ -95,17 +108,30 @@ def run(job: Job, console: Console, *, on_end: Sequence[Callable[[Trained], None
     Raises:
         ValueError: Before anything is started or written, where the job cannot work.
     """
+    check_target(job.output.dir)
+    inputs = read_inputs(job, int(os.environ.get("WORLD_SIZE", "1")), device_for(job))
+    with session(inputs) as groups:
+        _train_and_write(inputs, groups, console, on_end)
+
+
+def device_for(job: Job) -> torch.device:
+    """This process's device, set up for the job's precision."""
     if job.precision.compute == "fp32":
         # Read when CUDA starts. Transformer Engine multiplies fp32 in TF32 otherwise (3e-4 off).
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-    device = device_of(job.train.device)
-    inputs = read_inputs(job, int(os.environ.get("WORLD_SIZE", "1")), device)
+    return device_of(job.train.device)
+
+
+@contextmanager
+def session(inputs: Inputs) -> Iterator[Groups]:
+    """The job's process groups; an error of one rank leaves it with that rank's name."""
+    job, device = inputs.job, device_for(inputs.job)
     if device.type == "cpu":
         cpu.enable()
     stages = place(inputs.arch, job.parallel)
     groups = start(job.parallel, device, seed=job.train.seed, mtp_stage=mtp_stage(stages))
     try:
-        _train_and_write(inputs, groups, console, on_end)
+        yield groups
     except SharedError:
         raise
     except ValueError as error:
@@ -128,7 +154,6 @@ def read_inputs(job: Job, world_size: int, device: torch.device) -> Inputs:
     )
     if problems:
         raise ValueError("\n".join(problems))
-    check_target(job.output.dir)
     reader = HFReader(job.model.hf_dir)
     reader.check_against(arch)
     tokenizer = load_tokenizer(job.model.hf_dir)
@@ -142,7 +167,8 @@ def read_inputs(job: Job, world_size: int, device: torch.device) -> Inputs:
     )
     validation = load(job.validation.paths) if job.validation.paths else None
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Inputs(job, arch, reader, load(job.data.paths), validation, pad_id)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    return Inputs(job, arch, reader, load(job.data.paths), validation, pad_id, fingerprint)
 
 
 def _train_and_write(
@@ -151,82 +177,92 @@ def _train_and_write(
     console: Console,
     on_end: Sequence[Callable[[Trained], None]],
 ) -> None:
-    bridge = _load_model(inputs, groups)
-    loop = _assemble(inputs, bridge, console)
-    records = train(loop, _batches(inputs, groups))
+    job = inputs.job
+    tell = _teller(console, groups)
+    bridge = build_model(job, inputs.arch, groups, checkpoint=inputs.checkpoint)
+    found = find_checkpoint(job, groups, tell)
+    if found.path is None:
+        bridge.load(inputs.reader)
+    engine = build_engine(job, bridge, num_steps=inputs.num_steps)
+    if job.train.verify_first and found.path is None:
+        _verify_first(inputs, engine, console)
+    done = resume(engine, found, inputs.identity, tell)
+    records = _train(inputs, engine, done, console)
     for callback in on_end:
         callback(Trained(bridge.chunks, groups, records))
-    loop.step.experts.check()
-    drift = loop.step.experts.drift()
-    if groups.rank == 0 and inputs.job.experts.bias != "freeze":
+    experts = engine.step.experts
+    experts.check()
+    drift = experts.drift()
+    if job.experts.bias != "freeze":
         layer = max(drift, key=drift.__getitem__)
-        console.print(f"expert bias moved by at most {drift[layer]:.2e} (layer {layer})")
-    _write(bridge, inputs, console)
+        tell(f"expert bias moved by at most {drift[layer]:.2e} (layer {layer})")
+    write_model(bridge, job, inputs.reader, job.output.dir)
+    tell(f"wrote {job.output.dir}")
+    if groups.rank == 0:
+        # The model is written and stays: what is in the way of serving it is told, not raised.
+        for finding in check_hf(job.output.dir):
+            tell(f"serving: {finding}")
 
 
-def _load_model(inputs: Inputs, groups: Groups) -> Bridge:
+def _verify_first(inputs: Inputs, engine: Engine, console: Console) -> None:
+    # Imported here: the reference brings transformers' models, seconds for nothing otherwise.
+    from megatron_dsv3.commands.gate import check_parity
+
     job = inputs.job
-    config = mcore_config(
-        inputs.arch,
-        job.parallel,
-        dtype=DTYPES[job.precision.compute],
-        device=groups.device,
-        experts=job.experts,
-        memory=job.memory,
+    check_parity(
+        engine.step,
+        engine.bridge,
+        inputs.samples.samples,
+        job=job,
+        hf_dir=job.model.hf_dir,
+        console=console,
     )
-    chunks = build_chunks(
-        inputs.arch,
-        job.parallel,
-        groups,
-        config,
-        max_seq_length=job.data.seq_length,
-        transformer_engine=groups.device.type == "cuda",
-    )
-    bridge = Bridge(chunks, inputs.arch, job.parallel, groups, inputs.checkpoint)
-    bridge.load(inputs.reader)
-    if job.mtp.mode == "freeze":
-        freeze_mtp(chunks)
-    return bridge
 
 
-def _assemble(inputs: Inputs, bridge: Bridge, console: Console) -> Run:
-    job, groups = inputs.job, bridge.groups
-    config = bridge.chunks[0].config
-    wrapped = wrap(
-        bridge.chunks,
-        config,
-        optimizer=job.optimizer,
-        num_optimizer_instances=job.parallel.num_optimizer_instances,
-    )
-    optimizer = build_optimizer(job.optimizer, wrapped, dtype=config.params_dtype)
-    schedule = build_schedule(
-        job.schedule,
-        optimizer,
-        max_lr=job.optimizer.lr,
-        weight_decay=job.optimizer.weight_decay,
-        num_steps=inputs.num_steps,
-    )
-    step = TrainStep(
-        wrapped,
-        optimizer,
-        groups,
-        mtp_loss_weight=job.mtp.loss_weight,
-        experts=job.experts,
-        spikes=job.spikes,
-    )
+def _train(inputs: Inputs, engine: Engine, done: Progress, console: Console) -> list[StepRecord]:
+    job, groups = inputs.job, engine.bridge.groups
+    tell = _teller(console, groups)
+    with ExitStack() as stack:
+        dog = stack.enter_context(watchdog(job.log_dir, groups.rank, job.train.hang_timeout_s))
+        keeping = stack.enter_context(keep(engine, inputs.identity, dog, inputs.reader, tell))
+        loop = _loop(inputs, engine, console, first_step=done.step + 1, on_step=keeping)
+        return train(loop, _batches(inputs, groups, done))
+
+
+def _teller(console: Console, groups: Groups) -> Callable[[str], None]:
+    """For what one line says to the user; rank 0 speaks."""
+
+    def tell(line: str) -> None:
+        if groups.rank == 0:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return tell
+
+
+def _loop(
+    inputs: Inputs,
+    engine: Engine,
+    console: Console,
+    *,
+    first_step: int,
+    on_step: Sequence[OnStep],
+) -> Run:
+    job, groups = inputs.job, engine.bridge.groups
     return Run(
-        step=step,
-        schedule=schedule,
-        optimizer=optimizer,
+        step=engine.step,
+        schedule=engine.schedule,
+        optimizer=engine.optimizer,
         groups=groups,
         num_steps=inputs.num_steps,
         flops_per_token=flops_per_token(inputs.arch, job.data.seq_length),
         max_lr=job.optimizer.lr,
         peak_tflops=_peak_tflops(groups.device),
-        validate=_validation(inputs, step, groups),
+        validate=_validation(inputs, engine.step, groups),
         validate_every_steps=job.validation.every_steps,
         expert_load_every_steps=job.log.expert_load_every_steps,
         sinks=_sinks(inputs, groups, console),
+        first_step=first_step,
+        on_step=on_step,
     )
 
 
@@ -236,19 +272,21 @@ def _peak_tflops(device: torch.device) -> float | None:
     return peak_bf16_tflops(torch.cuda.get_device_name(device))
 
 
-def _batches(inputs: Inputs, groups: Groups) -> Iterator[StepBatch]:
-    """This data-parallel rank's part of every global batch."""
+def _batches(inputs: Inputs, groups: Groups, done: Progress) -> Iterator[StepBatch]:
+    """This data-parallel rank's part of every global batch that is left."""
     job, samples = inputs.job, inputs.samples.samples
     steps = global_batches(
         samples,
         global_batch_size=job.train.global_batch_size,
         seed=job.train.seed,
         num_epochs=job.train.num_epochs,
+        position=done.position,
     )
-    for _, batch in zip(range(inputs.num_steps), steps, strict=False):
+    for _, batch in zip(range(inputs.num_steps - done.step), steps, strict=False):
         yield StepBatch(
             micro_batches=_micro_batches(batch.samples, inputs, groups),
             epoch=batch.after.epoch + batch.after.sample / len(samples),
+            after=batch.after,
         )
 
 
@@ -330,21 +368,3 @@ def stage_table(inputs: Inputs) -> Table:
             f"{cost * len(stages):.2f}",
         )
     return table
-
-
-def _write(bridge: Bridge, inputs: Inputs, console: Console) -> None:
-    """Every rank takes part in the export; rank 0 writes."""
-    output, source = inputs.job.output, inputs.job.model.hf_dir
-    stream = bridge.export(dtype=DTYPES[output.dtype], untouched=inputs.reader)
-    if bridge.groups.rank != 0:
-        for _ in stream:
-            pass
-        return
-    write_hf(
-        stream,
-        output.dir,
-        shard_bytes=int(output.shard_size_gb * 1e9),
-        config=inputs.checkpoint.to_hf(dtype=HF_DTYPES[output.dtype]),
-        template=source,
-    )
-    console.print(f"wrote {output.dir}", highlight=False)

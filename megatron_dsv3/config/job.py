@@ -12,6 +12,7 @@ from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import place
 from megatron_dsv3.config.section import Section, problem_lines
 from megatron_dsv3.config.sections import (
+    CheckpointSection,
     DataSection,
     ExpertsSection,
     LogSection,
@@ -45,6 +46,7 @@ class Job(Section):
     mtp: MtpSection = MtpSection()
     experts: ExpertsSection = ExpertsSection()
     output: OutputSection
+    checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")
@@ -59,12 +61,18 @@ class Job(Section):
             problems.append(
                 f"train.global_batch_size {batch} is not divisible by micro_batch_size({micro})"
             )
+        if self.optimizer.gradients == "bf16" and self.precision.compute == "fp32":
+            problems.append(
+                "optimizer.gradients=bf16 needs precision.compute=bf16; fp32 weights have fp32 "
+                "gradients"
+            )
         parallel, multiple = self.parallel, self.row_multiple
         if self.data.seq_length % multiple:
             rounded = math.ceil(self.data.seq_length / multiple) * multiple
             problems.append(
                 f"data.seq_length {self.data.seq_length} is not divisible by {multiple}, as "
-                f"tp_size({parallel.tp_size}) and cp_size({parallel.cp_size}) ask; use {rounded}"
+                f"tp_size({parallel.tp_size}), cp_size({parallel.cp_size}) and "
+                f"fp8({self.precision.fp8}) ask; use {rounded}"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -76,14 +84,22 @@ class Job(Section):
         return self.log.dir or Path(f"{self.output.dir}-log")
 
     @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.checkpoint.dir or Path(f"{self.output.dir}-checkpoints")
+
+    @property
     def row_multiple(self) -> int:
         """What a row's length must be a multiple of.
 
         Context parallelism gives each rank two pieces, one of each half, so that the causal mask
-        costs all the same; sequence parallelism cuts what a rank holds once more.
+        costs all the same; sequence parallelism cuts what a rank holds once more. FP8 products need
+        a number of tokens on each rank that their blocks divide.
         """
         cp_size, tp_size = self.parallel.cp_size, self.parallel.tp_size
-        return math.lcm(2 * cp_size if cp_size > 1 else 1, cp_size * tp_size)
+        return math.lcm(
+            2 * cp_size if cp_size > 1 else 1, cp_size * tp_size * self.precision.row_multiple
+        )
 
     def num_micro_batches(self, world_size: int) -> int:
         """Forward and backward passes of a data-parallel rank per optimizer step.
@@ -115,11 +131,18 @@ class Job(Section):
     def backend_problems(self, device: Literal["cpu", "cuda"]) -> list[str]:
         """What this kind of device cannot do, and the nearest that it can."""
         if device == "cuda":
-            return []
+            fp32 = (
+                "precision.compute=fp32: no attention kernel of a GPU takes packed rows in fp32; "
+            )
+            fp32 += "use bf16, or train.device=cpu"
+            return [fp32] if self.precision.compute == "fp32" else []
         optimizer, memory, parallel = self.optimizer, self.memory, self.parallel
         rules = {
             "optimizer.moments=bf16 needs Transformer Engine on a GPU; use fp32": (
                 optimizer.moments == "bf16"
+            ),
+            f"precision.fp8={self.precision.fp8} needs Transformer Engine on a GPU; use off": (
+                self.precision.fp8 != "off"
             ),
             "optimizer.offload_fraction needs a GPU to offload from; use 0": (
                 optimizer.offload_fraction > 0

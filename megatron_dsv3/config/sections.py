@@ -87,7 +87,8 @@ class OptimizerSection(Section):
     loses what is 256 times smaller than the sum."""
     offload_fraction: Fraction = 0.0
     """Share of masters and moments that live, and are updated, in host memory: 12 bytes a parameter
-    off the GPU for about 10 times the time of the update; needs a GPU. Changes no numbers."""
+    off the GPU for about 10 times the time of the update; needs a GPU. Changes numbers by rounding
+    only: host and GPU add in other orders."""
     overlap_grad_reduce: bool = False
     """Reduce gradients among data-parallel ranks while backward still runs. Changes no numbers."""
     overlap_param_gather: bool = False
@@ -98,6 +99,11 @@ class OptimizerSection(Section):
     def _check(self) -> Self:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("overlap_param_gather needs overlap_grad_reduce; set both to true")
+        if self.moments == "bf16" and self.offload_fraction > 0:
+            raise ValueError(
+                "moments=bf16 and offload_fraction exclude each other: the optimizer that is split "
+                "between GPU and host keeps fp32 moments; use one of them"
+            )
         return self
 
 
@@ -149,6 +155,13 @@ class TrainSection(Section):
     """For the order of samples, and for whatever else is random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: on GPUs where there are any."""
+    verify_first: bool = False
+    """Before the first step compare the model with transformers' layers, one at a time from the
+    files, and stop where they differ. Takes rank 0 one layer of memory in fp32 (46 GB for the
+    671B) and the time to read the files once."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Seconds without a finished step after which a process writes down where it stands
+    (<log.dir>/stacks) and ends; null: never. Longer than the longest step, validation and save."""
 
 
 class ValidationSection(Section):
@@ -180,6 +193,33 @@ class PrecisionSection(Section):
     compute: Literal["bf16", "fp32"] = "bf16"
     """Weights and activations. The optimizer keeps fp32 copies of bf16 weights; router, expert
     bias and loss are fp32 either way."""
+    fp8: Literal["off", "blockwise", "tensorwise", "mxfp8"] = "off"
+    """Format of the layers' matrix products, forward and backward; router, norms, attention's core,
+    embedding and head stay as `compute` says. blockwise: e4m3 with a scale for 1x128 values of
+    activations and 128x128 of weights, as DeepSeek-V3 was trained (paper section 3.3.2); Hopper and
+    later. tensorwise: a scale a tensor, e5m2 gradients. mxfp8: a scale for 32 values; Blackwell."""
+    fp8_params: bool = False
+    """Keep the layers' weights in FP8 alone beside the optimizer's fp32 copies: half the traffic of
+    their gathering, and no second copy of them for the products."""
+    bf16_first_layers: Annotated[int, Field(ge=0)] = 0
+    """Decoder layers at the beginning that stay out of FP8."""
+    bf16_last_layers: Annotated[int, Field(ge=0)] = 0
+    """Decoder layers at the end that stay out of FP8."""
+
+    @property
+    def row_multiple(self) -> int:
+        """Tokens that a rank's part of a row must be a multiple of."""
+        return {"off": 1, "blockwise": 16, "tensorwise": 16, "mxfp8": 32}[self.fp8]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fp8 != "off" and self.compute != "bf16":
+            raise ValueError(f"fp8 {self.fp8} needs compute bf16, got {self.compute}")
+        extras = ("fp8_params", "bf16_first_layers", "bf16_last_layers")
+        given = [name for name in extras if getattr(self, name)]
+        if given and self.fp8 == "off":
+            raise ValueError(f"{', '.join(given)} without fp8; choose one, such as fp8: blockwise")
+        return self
 
 
 class MemorySection(Section):
@@ -199,6 +239,25 @@ class MemorySection(Section):
     """Modules whose saved inputs wait in host memory for backward: attn_norm, qkv_linear,
     core_attn, attn_proj, mlp_norm, expert_fc1, moe_act. Costs traffic to the host; needs a GPU.
     Changes no numbers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        offloaded, recomputed = set(self.offload_activations), set(self.recompute_modules)
+        if "attn_proj" in offloaded and "core_attn" not in offloaded:
+            raise ValueError(
+                "offload_activations: attn_proj needs core_attn, whose output it takes; add it"
+            )
+        if offloaded and self.recompute == "full":
+            raise ValueError(
+                "offload_activations has nothing to offload where recompute is full; use selective"
+            )
+        inside = offloaded & {"expert_fc1", "moe_act"}
+        if inside and self.recompute == "selective" and "moe" in recomputed:
+            raise ValueError(
+                f"offload_activations: {', '.join(sorted(inside))} would be computed again with "
+                "recompute_modules: moe; leave one out"
+            )
+        return self
 
 
 class MtpSection(Section):
@@ -241,6 +300,32 @@ class OutputSection(Section):
     """Of the weights; the expert bias is fp32 in either."""
     shard_size_gb: Annotated[float, Field(gt=0)] = 5.0
     """Largest size of a safetensors file, in GB of 10^9 bytes; a larger tensor has its own."""
+
+
+class CheckpointSection(Section):
+    """What a run goes on from after it was stopped, by whatever."""
+
+    dir: UserPath | None = None
+    """Folder of the checkpoints, seen by all nodes; null: beside the output, as
+    <output.dir>-checkpoints. A run starts from the newest whole checkpoint that it finds there."""
+    every_steps: Count | None = 100
+    """Optimizer steps between two checkpoints; there is one after the last step too. null: none."""
+    keep_last: Count = 2
+    """Full checkpoints that stay; older ones are dropped."""
+    keep_weights_every: Count | None = None
+    """Of a dropped checkpoint whose step is a multiple of this, the weights stay; null: of none."""
+    asynchronous: bool = True
+    """Write while training goes on: it stands still for a copy to host memory alone. Takes host
+    memory for that copy."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """What follows a save that failed (full disk, vanished mount): continue says so and goes on;
+    either keeps the older checkpoints."""
+    verify_on_resume: Literal["hashes", "sizes"] = "hashes"
+    """How a checkpoint is checked before a run goes on from it: hashes reads all its files, each
+    process a share; sizes reads none."""
+    export_hf_every_steps: Count | None = None
+    """Optimizer steps between two Hugging Face directories, <output.dir>-step<n>, besides the one
+    at the end; null: none."""
 
 
 class LogSection(Section):

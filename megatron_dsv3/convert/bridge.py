@@ -105,7 +105,7 @@ class Bridge:
         table, copies = by_mcore_name(self.arch), mcore_copies(self.arch)
         found: list[tuple[Param, Tensor]] = []
         unmapped: list[str] = []
-        for chunk, stage in zip(self.chunks, self._stages, strict=True):
+        for chunk, stage in zip(self.chunks, self.stages, strict=True):
             for local, tensor in _weights(chunk):
                 name = global_name(
                     local, layers=stage.layers, expert_offset=self.groups.ep_rank * self._num_local
@@ -133,12 +133,13 @@ class Bridge:
         return place(self.arch, self.parallel)
 
     @cached_property
-    def _stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
+        """Where this rank's chunks stand, in their order."""
         return [stage for stage in self._all_stages if stage.pp_rank == self.groups.pp_rank]
 
     def _is_here(self, param: Param) -> bool:
         """Whether this rank must hold (a part of) the parameter; second copies do not count."""
-        if not any(_on_stage(param, stage) for stage in self._stages):
+        if not any(_on_stage(param, stage) for stage in self.stages):
             return False
         return param.expert is None or param.expert // self._num_local == self.groups.ep_rank
 
@@ -156,8 +157,15 @@ class Bridge:
     def _fill(self, param: Param, tensor: Tensor, reader: HFReader) -> None:
         size = self._shard_size(param)
         cuts = hf_slices(param, self._shard_rank(param), size)
-        for target, cut in zip(pieces_of(param, tensor, size), cuts, strict=True):
+        quantised = hasattr(tensor, "get_high_precision_init_val")
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype) if quantised else tensor
+        for target, cut in zip(pieces_of(param, whole, size), cuts, strict=True):
             target.copy_(reader.read(cut.name, cut.slices))
+        if quantised:
+            # Transformer Engine's FP8 parameter. The optimizer takes its master from the attribute,
+            # which holds what the constructor saw, and drops it then.
+            tensor.copy_(whole.to(tensor.device))
+            tensor._high_precision_init_val = whole  # type: ignore[attr-defined]
 
     def _address(self, param: Param, part: int) -> "_Address":
         pp_rank = next(s.pp_rank for s in self._all_stages if _on_stage(param, s))

@@ -6,6 +6,7 @@ in the processor's cache: operation after operation on the whole of it takes sev
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ _TILE_BLOCKS = 64
 """A tile is 4 MiB of fp32; with 1 MiB the cost of calling torch takes a quarter of the time."""
 _SIGN_EXPONENT_MANTISSA = 0x87F00000 - (1 << 32)
 """Where `_decode` leaves an e4m3 byte's bits in an int32."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes: what holds a floating-point number's bits."""
 _SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 
@@ -80,23 +83,84 @@ def quantize(
     out = _output(weight, torch.float8_e4m3fn, out)
     largest = torch.empty(scale_shape(weight.shape), device=weight.device)
     scale_inv = torch.empty_like(largest)
-    scratch, magnitudes = _scratch(weight, torch.float32), _scratch(weight, torch.float32)
+    integer = _INTEGERS[weight.dtype.itemsize]
+    bits, without_sign = weight.view(integer), torch.iinfo(integer).max
+    scratch, magnitudes = _scratch(weight, torch.float32), _scratch(weight, integer)
     for rows, cols in _tiles(weight, (0, 0)):
         values = _fit(scratch, weight[rows, cols]).copy_(weight[rows, cols])
-        magnitude = torch.abs(values, out=_fit(magnitudes, values))
+        # Without their signs, floating-point numbers are in the order of their bits, Inf and NaN
+        # last; the largest of bf16's 16 bits is found in a quarter of fp32's time.
+        magnitude = torch.bitwise_and(bits[rows, cols], without_sign, out=_fit(magnitudes, values))
         blocks = slice(cols.start // BLOCK, -(-cols.stop // BLOCK))
         for block_row, part in _block_rows(rows, 0):
-            largest[block_row, blocks] = _block_maximum(magnitude[part])
+            largest[block_row, blocks] = _block_maximum(magnitude[part]).view(weight.dtype)
             scale_inv[block_row, blocks] = _scales(largest[block_row, blocks])
             values[part].div_(_per_column(scale_inv[block_row], cols, 0))
         out[rows, cols] = values
-    if not largest.isfinite().all():
-        row, col = [BLOCK * i for i in (~largest.isfinite()).nonzero()[0].tolist()]
-        raise ValueError(
-            f"{name}: the block at [{row}:{row + BLOCK}, {col}:{col + BLOCK}] holds NaN or Inf, "
-            f"which FP8 cannot scale; export to bf16 to see the values"
-        )
+    _refuse_endless(largest, name)
     return out, scale_inv
+
+
+@dataclass(frozen=True, slots=True)
+class Requantized:
+    """A matrix in FP8, blocks of the original among it."""
+
+    weight: Tensor
+    scale_inv: Tensor
+    num_kept: int
+    """Blocks that have the original's bytes."""
+
+
+def requantize(
+    weight: Tensor,
+    original: tuple[Tensor, Tensor],
+    *,
+    name: str = "weight",
+    out: Tensor | None = None,
+) -> Requantized:
+    """Quantises, but a block that is exactly what the original stands for keeps its bytes.
+
+    DeepSeek's scales are not what `quantize` would choose for the numbers that they give: without
+    the original, weights that no training touched would come back changed.
+
+    Args:
+        weight: [rows, cols], bf16 or wider.
+        original: FP8 numbers and scales of the same shape; NaN among them is refused, too.
+        name: What to call it in errors.
+        out: Where to write FP8 numbers that are not the original's, instead of a new tensor.
+    """
+    fp8, scale_inv = original
+    before = dequantize(fp8, scale_inv).to(weight.dtype)
+    integer = _INTEGERS[weight.dtype.itemsize]
+    bits, bits_before = weight.view(integer), before.view(integer)
+    if torch.equal(bits, bits_before):
+        magnitude = bits_before.bitwise_and_(torch.iinfo(integer).max).amax()
+        if magnitude.view(weight.dtype).isfinite():
+            return Requantized(fp8, scale_inv, scale_inv.numel())
+    out, scales = quantize(weight, name=name, out=out)
+    kept = _equal_blocks(bits, bits_before)
+    for row, col in kept.nonzero().tolist():
+        rows, cols = [slice(BLOCK * i, BLOCK * i + BLOCK) for i in (row, col)]
+        out[rows, cols] = fp8[rows, cols]
+    return Requantized(out, torch.where(kept, scale_inv, scales), int(kept.sum()))
+
+
+def _equal_blocks(a: Tensor, b: Tensor) -> Tensor:
+    """Whether two matrices are equal, block by block."""
+    differs = (a != b).view(torch.uint8)
+    rows = [_block_maximum(differs[part]) for _, part in _block_rows(slice(0, differs.shape[0]), 0)]
+    return torch.stack(rows) == 0
+
+
+def _refuse_endless(largest: Tensor, name: str) -> None:
+    """Raises ValueError where a block's largest magnitude is Inf or NaN."""
+    if largest.isfinite().all():
+        return
+    row, col = [BLOCK * i for i in (~largest.isfinite()).nonzero()[0].tolist()]
+    raise ValueError(
+        f"{name}: the block at [{row}:{row + BLOCK}, {col}:{col + BLOCK}] holds NaN or Inf, "
+        f"which FP8 cannot scale; export to bf16 to see the values"
+    )
 
 
 def _decode(bits: Tensor, scratch: Tensor) -> Tensor:
@@ -117,7 +181,7 @@ def _decode(bits: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _block_maximum(tile: Tensor) -> Tensor:
-    """[<= 128 rows, cols] -> the largest number of each 128 columns."""
+    """Numbers >= 0, [<= 128 rows, cols] -> the largest of each 128 columns."""
     columns = tile.amax(0)
     return F.pad(columns, (0, -columns.numel() % BLOCK)).view(-1, BLOCK).amax(1)
 

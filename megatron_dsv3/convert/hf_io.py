@@ -96,11 +96,20 @@ class HFReader:
         offset = (cut[0].start % BLOCK, cut[1].start % BLOCK)
         return dequantize(stored, scale_inv, offset=offset, out=out)
 
-    def read_fp8(self, name: str) -> tuple[Tensor, Tensor]:
-        """An FP8 tensor as it is stored, and its scales; both are views of the mapped file."""
+    def read_fp8(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """FP8 numbers as they are stored, and their scales; both are views of the mapped file.
+
+        Args:
+            name: A tensor stored in FP8.
+            rows: Whole blocks of it; None: everything.
+        """
         if not self.is_fp8(name):
             raise ValueError(f"{name}: expected torch.float8_e4m3fn, got {self.dtype(name)}")
-        return self._stored(name), self._stored(name + SCALE_SUFFIX)
+        cut = _bounds(name, self.shape(name), [] if rows is None else [rows])
+        if cut[0].start % BLOCK:
+            raise ValueError(f"{name}: row {cut[0].start} is not the first of a block")
+        blocks = slice(cut[0].start // BLOCK, -(-cut[0].stop // BLOCK))
+        return self._stored(name, cut), self._stored(name + SCALE_SUFFIX, [blocks])
 
     def check_against(self, arch: Architecture) -> None:
         """Compares names and shapes with what this architecture has; copies may be absent.
@@ -108,23 +117,8 @@ class HFReader:
         Raises:
             ValueError: All differences, listed.
         """
-        expected = {name: param.hf_shape for param in expand(arch) for name in param.hf}
-        copies = {copy: expected[original] for copy, original in hf_copies(arch).items()}
-        allowed = expected | copies
         shapes = {name: self.shape(name) for name in self.names()}
-        missing = [name for name in expected if name not in shapes]
-        surplus = [name for name in shapes if name not in allowed]
-        wrong = [
-            f"{name} expected {list(allowed[name])} got {list(shape)}"
-            for name, shape in shapes.items()
-            if name in allowed and shape != allowed[name]
-        ]
-        found = {"missing": missing, "surplus": surplus, "of the wrong shape": wrong}
-        if problems := [listed(what, names) for what, names in found.items() if names]:
-            raise ValueError(
-                f"{self.directory}: the tensors are not those that config.json promises: "
-                f"{'; '.join(problems)}; {_way_out(arch, missing, surplus)}"
-            )
+        check_tensors(shapes, arch, where=str(self.directory))
 
     def check_copies(self, arch: Architecture) -> None:
         """Compares every tensor that should repeat another one with it; for V3 that reads 6 GB.
@@ -132,16 +126,19 @@ class HFReader:
         Raises:
             ValueError: All copies that differ, listed.
         """
-        differing = [
-            f"{copy} from {original}"
-            for copy, original in hf_copies(arch).items()
-            if copy in self._tensors and not torch.equal(self.read(copy), self.read(original))
-        ]
-        if differing:
+        if differing := self.differing_copies(arch):
             raise ValueError(
                 f"{self.directory}: {listed('copies differ', differing)}; Megatron-Core holds one "
                 f"tensor for both, so one of them would be lost: remove the copies to go on"
             )
+
+    def differing_copies(self, arch: Architecture) -> list[str]:
+        """`copy from original` for each tensor that should repeat another one and does not."""
+        return [
+            f"{copy} from {original}"
+            for copy, original in hf_copies(arch).items()
+            if copy in self._tensors and not torch.equal(self.read(copy), self.read(original))
+        ]
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
@@ -152,6 +149,35 @@ class HFReader:
         file = self._open(self._tensors[name][0])
         tensor: Tensor = file.get_slice(name)[tuple(cut)] if cut else file.get_tensor(name)
         return tensor
+
+
+def check_tensors(shapes: Mapping[str, Shape], arch: Architecture, *, where: str) -> None:
+    """Compares names and shapes with what this architecture has; copies may be absent.
+
+    Args:
+        shapes: Of every tensor, FP8 scales left out.
+        arch: Of the whole model.
+        where: What to call the checkpoint in errors.
+
+    Raises:
+        ValueError: All differences, listed.
+    """
+    expected = {name: param.hf_shape for param in expand(arch) for name in param.hf}
+    copies = {copy: expected[original] for copy, original in hf_copies(arch).items()}
+    allowed = expected | copies
+    missing = [name for name in expected if name not in shapes]
+    surplus = [name for name in shapes if name not in allowed]
+    wrong = [
+        f"{name} expected {list(allowed[name])} got {list(shape)}"
+        for name, shape in shapes.items()
+        if name in allowed and shape != allowed[name]
+    ]
+    found = {"missing": missing, "surplus": surplus, "of the wrong shape": wrong}
+    if problems := [listed(what, names) for what, names in found.items() if names]:
+        raise ValueError(
+            f"{where}: the tensors are not those that config.json promises: "
+            f"{'; '.join(problems)}; {_way_out(arch, missing, surplus)}"
+        )
 
 
 def _bounds(name: str, shape: Shape, slices: Sequence[slice]) -> list[slice]:
@@ -196,7 +222,7 @@ def write_hf(
         template: A checkpoint whose tokenizer, generation config and remote code are taken over.
         shard_bytes: Largest shard; a larger tensor gets one of its own.
     """
-    files = [] if template is None else _tokenizer_files(template)
+    files = [] if template is None else tokenizer_files(template)
     with staging_directory(directory) as staging:
         shards = [
             _write_shard(staging / _unnumbered(number), shard)
@@ -206,20 +232,21 @@ def write_hf(
             raise ValueError(f"{directory}: there is no tensor to write")
         with explained(staging):
             name_shards(staging, shards)
-            _write_json(staging / "config.json", config)
+            write_json(staging / "config.json", config)
             for file in files:
                 shutil.copyfile(file, staging / file.name)
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
     """Copies what belongs to a model besides weights and config.json; gives the names."""
-    files = _tokenizer_files(source)
+    files = tokenizer_files(source)
     for file in files:
         shutil.copyfile(file, target / file.name)
     return [file.name for file in files]
 
 
-def _tokenizer_files(source: Path) -> list[Path]:
+def tokenizer_files(source: Path) -> list[Path]:
+    """What belongs to a model besides weights and config.json."""
     if not source.is_dir():
         raise ValueError(f"{source}: no such directory; expected tokenizer files in it")
     files = {file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
@@ -276,16 +303,32 @@ def name_shards(directory: Path, shards: Sequence[Mapping[str, TensorInfo]]) -> 
         directory: Where the shards are.
         shards: The tensors of each one.
     """
-    count = len(shards)
-    files = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
-    files = files if count > 1 else [SINGLE]
+    files = shard_names(len(shards))
     for number, file in enumerate(files, start=1):
         (directory / _unnumbered(number)).rename(directory / file)
-    if count > 1:
-        total = sum(info.nbytes for shard in shards for info in shard.values())
-        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        _write_json(directory / INDEX, index)
+    write_index(directory, dict(zip(files, shards, strict=True)))
+
+
+def write_index(directory: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    """Writes which tensors each file holds; a single file has no index, as transformers saves it.
+
+    Args:
+        directory: Where the files are.
+        shards: The tensors of each file.
+    """
+    if len(shards) == 1:
+        return
+    total = sum(info.nbytes for shard in shards.values() for info in shard.values())
+    where = {name: file for file, shard in shards.items() for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(directory / INDEX, index)
+
+
+def shard_names(count: int) -> list[str]:
+    """What the files of a finished checkpoint are called."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
 def _unnumbered(number: int) -> str:
@@ -323,7 +366,8 @@ def _write_shard(path: Path, shard: Mapping[str, Tensor]) -> dict[str, TensorInf
     return layout
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object, indented."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

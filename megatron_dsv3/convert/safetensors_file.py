@@ -100,7 +100,7 @@ class SafetensorsWriter:
         """
         self.path = path
         self._layout = dict(layout)
-        self._missing = set(layout)
+        self._missing = {name: info.nbytes for name, info in layout.items()}
         header, self._starts = _header(layout)
         with explained(self.path):
             self._file = path.open("wb")
@@ -109,16 +109,31 @@ class SafetensorsWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor, from any device."""
-        if name not in self._missing:
-            known = "written before" if name in self._layout else "not in the layout"
-            raise ValueError(f"{self.path}: {name}: {known}")
+        self._check_known(name)
         if (got := info_of(tensor)) != self._layout[name]:
             raise ValueError(f"{self.path}: {name}: expected {self._layout[name]}, got {got}")
-        octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self.append(name, tensor)
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """Writes the next rows of a tensor; those of several tensors may alternate."""
+        self._check_known(name)
+        info, missing = self._layout[name], self._missing[name]
+        fits = rows.dtype == info.dtype and tuple(rows.shape[1:]) == info.shape[1:]
+        if not fits or rows.nbytes > missing:
+            raise ValueError(
+                f"{self.path}: {name}: expected rows of {info}, {missing} bytes of it, got "
+                f"{info_of(rows)}"
+            )
+        octets = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         with explained(self.path):
-            self._file.seek(self._starts[name])
+            self._file.seek(self._starts[name] + info.nbytes - missing)
             self._file.write(octets.numpy().data)
-        self._missing.remove(name)
+        self._missing[name] -= rows.nbytes
+
+    def _check_known(self, name: str) -> None:
+        if not self._missing.get(name):
+            known = "written before" if name in self._layout else "not in the layout"
+            raise ValueError(f"{self.path}: {name}: {known}")
 
     def __enter__(self) -> Self:
         return self
@@ -133,8 +148,8 @@ class SafetensorsWriter:
             if error is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        if error is None and self._missing:
-            raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing))}")
+        if error is None and (rest := sorted(n for n, left in self._missing.items() if left)):
+            raise ValueError(f"{self.path}: never written: {', '.join(rest)}")
 
 
 def _header(layout: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:

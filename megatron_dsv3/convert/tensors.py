@@ -4,7 +4,8 @@ A parameter joined from several HF tensors is split tensor by tensor and joined 
 of `linear_fc1` holds [gate_r; up_r], never a cut through [gate; up].
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,20 @@ def from_shards(param: Param, shards: Sequence[Tensor]) -> list[Tensor]:
     if dim is None or len(shards) == 1:
         return list(pieces[0])
     return [torch.cat(parts, dim) for parts in zip(*pieces, strict=True)]
+
+
+def row_spans(shape: Shape, *, elements: int, multiple: int = 1) -> Iterator[slice]:
+    """Cuts dim 0 so that each part has at most about that many elements.
+
+    Args:
+        shape: Of the tensor.
+        elements: Wanted most; one `multiple` of rows may be more.
+        multiple: Of which each part's number of rows is, the last one's excepted.
+    """
+    num_rows, *rest = shape
+    step = max(1, elements // (math.prod(rest) * multiple)) * multiple
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
 
 
 def _piece_shape(param: Param, size: int) -> Shape:

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dsv3.data.chat import Encoded, HistoryReasoning, Rendered, render, tokenize
-from megatron_dsv3.data.messages import Conversation, expand_turns, parse_conversation
-from megatron_dsv3.data.sources import Row, read_rows
+from megatron_dsv3.data.chat import HistoryReasoning, Rendered, render
+from megatron_dsv3.data.messages import Conversation, expand_turns
+from megatron_dsv3.data.rows import Row
+from megatron_dsv3.data.schemas import read_chat
+from megatron_dsv3.data.sources import read_rows
 from megatron_dsv3.data.store import Sample
 from megatron_dsv3.data.templates import ChatTemplate
+from megatron_dsv3.data.tokens import Encoded, Vocabulary, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,7 +94,7 @@ def load_samples(
             for row in chunk
             for name, one in _render_row(row, template, history_reasoning)
         ]
-        encoded = tokenize([one for _, one in rendered], tokenizer)
+        encoded = tokenize([one for _, one in rendered], Vocabulary.of(tokenizer))
         sink.num_rows += len(chunk)
         for (name, _), one in zip(rendered, encoded, strict=True):
             sink.add(name, one)
@@ -102,7 +105,7 @@ def _render_row(
     row: Row, template: ChatTemplate, history_reasoning: HistoryReasoning | Literal["expand"]
 ) -> Iterable[tuple[str, Rendered]]:
     try:
-        conversation = parse_conversation(row.messages)
+        conversation = read_chat(row.value).conversation
         _check_counted(conversation)
         if history_reasoning != "expand":
             one = render(conversation, template, history_reasoning=history_reasoning)

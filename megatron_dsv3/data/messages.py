@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_dsv3.data.rows import kind_of
+
 _SHARED_KEYS = ("role", "content", "name", "loss")
 _KEYS: dict[str, tuple[str, ...]] = {
     "system": _SHARED_KEYS,
@@ -50,16 +52,19 @@ class Message:
 Conversation = tuple[Message, ...]
 
 
-def parse_conversation(messages: object) -> Conversation:
-    """Check one row's `messages` and read them into records; a fault names its turn, from 0."""
+def parse_conversation(messages: object, *, key: str = "messages") -> Conversation:
+    """Check one row's `messages` and read them into records; a fault names its turn, from 0.
+
+    `key` is what the turns are called where they come from.
+    """
     if not isinstance(messages, list | tuple):
-        raise ValueError(f"messages: expected a list of turns, got {kind_of(messages)}")
+        raise ValueError(f"{key}: expected a list of turns, got {kind_of(messages)}")
     if not messages:
-        raise ValueError("messages: empty conversation; expected at least one assistant turn")
-    conversation = tuple(_parse_message(m, f"messages[{i}]") for i, m in enumerate(messages))
+        raise ValueError(f"{key}: empty conversation; expected at least one assistant turn")
+    conversation = tuple(_parse_message(m, f"{key}[{i}]") for i, m in enumerate(messages))
     if not any(message.role == "assistant" for message in conversation):
         roles = ", ".join(message.role for message in conversation)
-        raise ValueError(f"messages: no assistant turn to learn from, got only {roles}")
+        raise ValueError(f"{key}: no assistant turn to learn from, got only {roles}")
     return conversation
 
 
@@ -179,9 +184,3 @@ def _parse_tool_call(call: object, where: str) -> ToolCall:
         name=_parse_text(function.get("name"), f"{where}.function.name"),
         arguments=_parse_text(arguments, f"{where}.function.arguments"),
     )
-
-
-def kind_of(value: object) -> str:
-    """What JSON calls the type of a value, for messages."""
-    names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)

@@ -41,6 +41,8 @@ Spans = npt.NDArray[np.int32]
 """[k, 2], int32: start and end, end exclusive, of the tokens that count; ascending and apart."""
 
 _TYPES: dict[str, type[np.number[Any]]] = {"tokens": np.int32, "spans": np.int32, "ids": np.uint8}
+REPORT = "report"
+"""Directory inside a store for what `prepare` says about it; no part of the store."""
 _LOCK = "lock"
 _DTYPE_CODES: dict[type[np.number[Any]], int] = {np.uint8: 1, np.int32: 4}
 """Megatron-Core's own (`indexed_dataset.DType`)."""
@@ -168,13 +170,18 @@ class StoreWriter:
         self.directory = directory
         self._unfinished = directory.with_name(f"{directory.name}.unfinished")
         self._lock = _take(self._unfinished)
-        for name in STORE_FILES:
+        for name in (*STORE_FILES, MANIFEST):
             (self._unfinished / name).unlink(missing_ok=True)
-        (self._unfinished / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.report_directory, ignore_errors=True)
         self._parts = {
             name: _Part(self._unfinished / name, dtype) for name, dtype in _TYPES.items()
         }
         self.num_samples = self.num_tokens = self.num_counted = self.longest = 0
+
+    @property
+    def report_directory(self) -> Path:
+        """Where a report may be put before `finish`."""
+        return self._unfinished / REPORT
 
     def add(self, sample_id: str, tokens: Tokens, loss_spans: Spans) -> None:
         """Appends a sample.
@@ -250,7 +257,7 @@ def _check_target(directory: Path, *, replace: bool) -> None:
     if not directory.is_dir():
         raise ValueError(f"{directory}: is a file; expected a directory for the store, or nothing")
     found = {path.name for path in directory.iterdir()}
-    if strange := sorted(found - {*STORE_FILES, MANIFEST, _LOCK}):
+    if strange := sorted(found - {*STORE_FILES, MANIFEST, REPORT, _LOCK}):
         raise ValueError(
             f"{directory}: holds {', '.join(strange[:3])}, which belong to no store; "
             "name another directory"
@@ -275,12 +282,13 @@ def _take(directory: Path) -> IO[bytes]:
 
 def _put_in_place(unfinished: Path, directory: Path) -> None:
     """A rename replaces no directory that holds something, so what is there moves aside first."""
-    (unfinished / _LOCK).unlink()
     replaced = directory.with_name(f"{directory.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if directory.exists():
         directory.rename(replaced)
     unfinished.rename(directory)
+    # Not before: a writer that came in between would take the directory for its own and empty it.
+    (directory / _LOCK).unlink()
     shutil.rmtree(replaced, ignore_errors=True)
     parent = os.open(directory.parent, os.O_RDONLY)
     try:

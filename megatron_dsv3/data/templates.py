@@ -132,5 +132,8 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
 def find_template(name: str) -> ChatTemplate:
     """The built-in template of that name."""
     if name not in TEMPLATES:
-        raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}, got {name!r}")
+        raise ValueError(
+            f"template: expected one of {', '.join(TEMPLATES)}, or tokenizer for the tokenizer's "
+            f"own, got {name!r}"
+        )
     return TEMPLATES[name]

@@ -94,6 +94,7 @@ def wrap(
         grad_reduce_in_fp32=optimizer.gradients == "fp32",
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
         overlap_param_gather=optimizer.overlap_param_gather,
+        fp8_param_gather=config.fp8_param,
         check_for_nan_in_grad=False,  # the step checks loss and gradient norm itself, and names ids
     )
     inner = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_dsv3.config.architecture import Architecture, Yarn
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import mcore_layout, place
-from megatron_dsv3.config.sections import ExpertsSection, MemorySection
+from megatron_dsv3.config.sections import ExpertsSection, MemorySection, PrecisionSection
 
 
 @dataclass
@@ -37,6 +37,7 @@ def mcore_config(
     device: torch.device,
     experts: ExpertsSection = ExpertsSection(),
     memory: MemorySection = MemorySection(),
+    precision: PrecisionSection = PrecisionSection(),
     options: Mapping[str, Any] | None = None,
 ) -> DeepseekV3Config:
     """The configuration of every rank of this layout.
@@ -48,6 +49,7 @@ def mcore_config(
         device: Where the model will be; a GPU's fused kernels are taken there.
         experts: Losses of the routers, and how tokens are sent.
         memory: What is recomputed or offloaded.
+        precision: Which products are computed in FP8; `dtype` is of all others.
         options: More fields of Megatron-Core's configuration, where they change no numbers.
     """
     values = {
@@ -58,6 +60,7 @@ def mcore_config(
         **_numerics(dtype),
         **(_gpu(dtype) if device.type == "cuda" else {"use_cpu_initialization": True}),
         **_memory(memory),
+        **_fp8(precision),
         "sequence_balance_coefficient": experts.aux_loss_coefficient,
         "moe_z_loss_coeff": experts.z_loss_coefficient or None,
         "moe_token_dispatcher_type": experts.dispatcher,
@@ -146,6 +149,21 @@ def _memory(memory: MemorySection) -> dict[str, Any]:
             "offload_modules": list(memory.offload_activations),
         }
     return recompute[memory.recompute] | offload
+
+
+def _fp8(precision: PrecisionSection) -> dict[str, Any]:
+    if precision.fp8 == "off":
+        return {}
+    first, last = precision.bf16_first_layers, precision.bf16_last_layers
+    return {
+        # Gradients of one scale a tensor need e5m2's range; blocks do without it.
+        "fp8": "hybrid" if precision.fp8 == "tensorwise" else "e4m3",
+        "fp8_recipe": precision.fp8,
+        "fp8_param": precision.fp8_params,
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
 
 
 def _layout(arch: Architecture, parallel: Parallel) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import multi_latent_attention as mla
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -19,6 +20,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
 
 from megatron_dsv3.config.placement import Stage
 from megatron_dsv3.model import torch_modules as torch_mods
@@ -78,12 +80,41 @@ class LatentAttention(mla.MLASelfAttention):
 
     def __init__(self, config: DeepseekV3Config, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self.cp_size = config.context_parallel_size
         for name in ("linear_q_up_proj", "linear_kv_up_proj"):
             if hasattr(self, name):
                 getattr(self, name).eps = config.latent_norm_epsilon
         if config.rope_type == "yarn" and not config.yarn_truncate:
             self.rotary_pos_emb.correction_range_round_to_int = False
             self.rotary_pos_emb.forward.cache_clear()
+
+    def _run_core_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        **extra: Any,
+    ) -> Tensor:
+        """Core attention on values as wide as they are.
+
+        Megatron-Core pads packed values to the width of the keys, 128 to 192. cuDNN takes them
+        narrow: forward and backward of 4096 tokens 6.9 ms instead of 13.0 on an H100. Under
+        context parallelism Transformer Engine's ring may need the padding, so it stays.
+        """
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        run = self.core_attention if self.cp_size == 1 else super()._run_core_attention
+        return run(
+            query,
+            key,
+            value,
+            attention_mask,
+            packed_seq_params=packed_seq_params,
+            attn_mask_type=mask_type,
+            **extra,
+        )
 
     def _resolve_qk_norm_config(self, submodules: mla.MLASelfAttentionSubmodules) -> dict[str, Any]:
         """The spec's own classes.

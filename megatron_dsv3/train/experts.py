@@ -1,6 +1,6 @@
 """Load of every expert, and the policy that moves the experts' biases (paper section 2.1.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,16 @@ class ExpertBalance:
             for layer, router, loaded in zip(self.layers, self.routers, self._loaded, strict=True)
         }
         return self._everywhere(changes)
+
+    def biases_at_start(self) -> dict[int, list[float]]:
+        """Collective: what `drift` compares with, by layer, over the whole model."""
+        loaded = zip(self.layers, self._loaded, strict=True)
+        return self._everywhere({layer: bias.tolist() for layer, bias in loaded})
+
+    def restore_start(self, biases: Mapping[int, Sequence[float]]) -> None:
+        """Takes `biases_at_start` of the run that this one goes on from."""
+        for layer, loaded in zip(self.layers, self._loaded, strict=True):
+            loaded.copy_(torch.tensor(biases[layer]))
 
     def check(self) -> None:
         """Raises AssertionError where a wrapper has rounded a bias or a counter."""

@@ -12,9 +12,12 @@ from megatron.core.optimizer_param_scheduler import (
 )
 
 from megatron_dsv3.data.batch import Batch
+from megatron_dsv3.data.dataset import Position
 from megatron_dsv3.model.groups import Groups, SharedError
 from megatron_dsv3.train.metrics import Sink, StepRecord
 from megatron_dsv3.train.step import Losses, StepResult, TrainStep
+
+START = Position()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,8 @@ class StepBatch:
     micro_batches: Sequence[Batch]
     epoch: float
     """Epochs done once this batch is."""
+    after: Position = START
+    """Where the data goes on once this batch is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +50,10 @@ class Run:
     expert_load_every_steps: int = 50
     sinks: Sequence[Sink] = ()
     """On rank 0."""
-    on_step: Sequence[Callable[[StepRecord], None]] = ()
-    """Called on every rank after each step: saving, validation."""
+    first_step: int = 1
+    """Number of the first batch's step; above 1 where an earlier run is continued."""
+    on_step: Sequence[Callable[[StepRecord, StepBatch], None]] = ()
+    """Called on every rank after each step, with its batch: saving."""
 
 
 def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
@@ -57,7 +64,7 @@ def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
     """
     records = []
     try:
-        for number, batch in enumerate(batches, start=1):
+        for number, batch in enumerate(batches, start=run.first_step):
             began = time.perf_counter()
             lr = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
             try:
@@ -75,7 +82,7 @@ def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
                 sink.log(record)
             _log_expert_load(run, number)
             for callback in run.on_step:
-                callback(record)
+                callback(record, batch)
         run.step.settle()
     finally:
         for sink in run.sinks:

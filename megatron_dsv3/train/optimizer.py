@@ -18,6 +18,7 @@ def build_optimizer(
     section: OptimizerSection, chunks: Sequence[DistributedDataParallel], *, dtype: torch.dtype
 ) -> Any:
     """The distributed optimizer: fp32 masters and moments, each held by one data-parallel rank."""
+    model = chunks[0].config
     config = OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -31,6 +32,7 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_param_gather=section.overlap_param_gather,
+        fp8_recipe=model.fp8_recipe if model.fp8 else None,
         **_states(section),
     )
     return get_megatron_optimizer(config, list(chunks))
@@ -47,6 +49,8 @@ def _states(section: OptimizerSection) -> dict[str, Any]:
         }
     if section.offload_fraction > 0:
         options |= {
+            # Without it Megatron-Core holds a second set of masters on the GPU.
+            "use_precision_aware_optimizer": True,
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": section.offload_fraction,
             "overlap_cpu_optimizer_d2h_h2d": True,
@@ -98,7 +102,11 @@ def update(optimizer: Any) -> float:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=norm
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                # Where the optimizer keeps the masters, gradients are not in `.grad`.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
     return norm

@@ -3,6 +3,8 @@
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_dsv3.config.sections import SpikesSection
 from megatron_dsv3.model.groups import SharedError
@@ -25,6 +27,19 @@ class SpikeGuard:
         self.num_skipped = 0
         """Steps left out so far."""
         self._in_a_row = 0
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that `restore` takes."""
+        return {
+            "recent": list(self.recent),
+            "num_skipped": self.num_skipped,
+            "in_a_row": self._in_a_row,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`; a smaller window keeps the newest losses."""
+        self.recent.extend(state["recent"])
+        self.num_skipped, self._in_a_row = state["num_skipped"], state["in_a_row"]
 
     def explain(self, loss: float) -> str | None:
         """Why this loss is a spike; None: it is none."""

@@ -6,7 +6,7 @@ and masks come from the data, made before any slicing.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -208,6 +208,15 @@ class TrainStep:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+
+    def state(self) -> dict[str, Any]:
+        """Collective: what a run needs to go on besides weights and optimizer; plain values."""
+        return {"spikes": self.guard.state(), "biases_at_start": self.experts.biases_at_start()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`, in this layout or another."""
+        self.guard.restore(state["spikes"])
+        self.experts.restore_start(state["biases_at_start"])
 
     def _prepare(self, counts: Counts) -> None:
         for router in self.routers:

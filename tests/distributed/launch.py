@@ -49,12 +49,17 @@ def launch(
         "longest": longest,
     }
     plan.write_text(json.dumps(content))
+    torchrun(num_processes, WORKER, plan, timeout_s=timeout_s)
+    return Results(out)
+
+
+def torchrun(num_processes: int, script: Path, *arguments: Path, timeout_s: float = 1800) -> None:
+    """Runs a script of this folder; a failure shows the end of the ranks' output."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={num_processes}", str(WORKER), str(plan)]
+    command += [f"--nproc-per-node={num_processes}", str(script), *map(str, arguments)]
     tests = str(WORKER.parents[1])
     environment = os.environ | {"PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return Results(out)

@@ -62,7 +62,7 @@ def layer_placed_twice(patch: Patch) -> None:
     original = Bridge._fill
 
     def fill(self: Any, param: Any, tensor: Any, reader: Any) -> None:
-        [stage] = self._stages
+        [stage] = self.stages
         if stage.pp_rank == 1 and param.layer == stage.layers[0]:
             here, before = f"layers.{param.layer}.", f"layers.{param.layer - 1}."
             param = replace(param, hf=tuple(name.replace(here, before) for name in param.hf))

@@ -64,6 +64,9 @@ class Case:
     mistake: str | None = None
     """One of `mistakes.MISTAKES`, planted for this case alone."""
 
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True)
 class Outcome:

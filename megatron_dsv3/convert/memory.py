@@ -1,0 +1,62 @@
+"""How much memory a conversion takes, and how large its pieces may be so that it stays under a cap.
+
+Counted is what the system cannot take back: anonymous and shared pages that are resident (RssAnon +
+RssShmem of /proc/PID/status), summed over all processes of the conversion on this machine. A page
+that two processes share is counted twice. Pages of mapped files and of the page cache are not
+counted.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_COUNTED = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
+_PROCESS_BYTES = 480_000_000
+"""Python, torch, and what a worker knows about 46,183 tensors and where they are."""
+_COPIES = 4
+"""Pieces that a worker holds at once: read, computed, and two in the buffers of both."""
+PIECE_BYTES = 32_000_000
+"""Largest part of a tensor that a worker holds. An expert's matrix fits; larger gains nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A cap and what follows from it."""
+
+    max_bytes: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the workers could not work under this cap."""
+        if self.num_workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {self.num_workers}")
+        least = self.needed_bytes
+        if self.max_bytes < least:
+            raise ValueError(
+                f"max memory of {self.max_bytes:,} bytes is too little for {self.num_workers} "
+                f"workers, which need {least:,}; allow more or take fewer workers"
+            )
+
+    @property
+    def needed_bytes(self) -> int:
+        """What all processes together take at most, whatever the size of the model."""
+        pieces = _COPIES * PIECE_BYTES * self.num_workers
+        return _PROCESS_BYTES * (self.num_workers + 1) + pieces
+
+    @property
+    def piece_bytes(self) -> int:
+        """Largest part of a tensor that a worker may hold."""
+        return PIECE_BYTES
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Memory of these processes as defined above; one that has ended counts nothing."""
+    total = 0
+    for pid in pids:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            continue
+        total += sum(1024 * int(kilobytes) for kilobytes in _COUNTED.findall(status))
+    return total

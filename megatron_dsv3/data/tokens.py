@@ -1,0 +1,243 @@
+"""Rendered conversations to token ids and loss masks.
+
+Special tokens go in by id; the text between two of them is tokenised in one piece, as the
+tokenizer's own template does, and can never become a special token itself. A token that holds
+anything not to be learned doesn't count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_dsv3.data.chat import Dropped, HistoryReasoning, Rendered, Span, render
+from megatron_dsv3.data.messages import parse_conversation
+from megatron_dsv3.data.templates import ChatTemplate, Special
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+_CHARACTERS_PER_CALL = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """tokens: [n], int32; loss: [n], bool, True where that token itself is a counted target."""
+
+    tokens: Ids
+    loss: Mask
+    dropped: tuple[Dropped, ...] = ()
+    num_reasoning: int = 0
+    """Tokens of reasoning, in all turns together."""
+    num_answer: int = 0
+    """Tokens of what the turns that reason say after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What of a tokenizer makes tokens. Goes to workers, which needn't import transformers."""
+
+    name: str
+    backend: Tokenizer
+    added: Mapping[str, int]
+    """Special and other added tokens, text to id."""
+    bos: str
+    eos: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+        """That of a loaded tokenizer."""
+        return cls(
+            name=str(tokenizer.name_or_path),
+            backend=tokenizer.backend_tokenizer,
+            added=tokenizer.get_added_vocab(),
+            bos=tokenizer.bos_token,
+            eos=tokenizer.eos_token,
+        )
+
+    def special_id(self, special: Special) -> int:
+        """The id of a token that a template writes."""
+        named = {Special.BOS: self.bos, Special.EOS: self.eos}
+        text = named.get(special, special.value)
+        if text not in self.added:
+            raise ValueError(
+                f"{self.name}: no special token {text} in the tokenizer, but the template writes "
+                "it; choose the template that belongs to this model"
+            )
+        return self.added[text]
+
+
+class _Piece(NamedTuple):
+    ids: Ids
+    loss: Mask
+
+
+def encode(
+    messages: object,
+    tokenizer: PreTrainedTokenizerFast,
+    template: ChatTemplate,
+    *,
+    history_reasoning: HistoryReasoning = "strip",
+) -> Encoded:
+    """One row's `messages` as tokens and mask; for many, `render` each and `tokenize` them all."""
+    rendered = render(parse_conversation(messages), template, history_reasoning=history_reasoning)
+    return tokenize([rendered], Vocabulary.of(tokenizer))[0]
+
+
+def tokenize(rendered: Sequence[Rendered], vocabulary: Vocabulary) -> list[Encoded]:
+    """Token ids and masks of many conversations; the tokenizer works with all its threads."""
+    spans = [span for one in rendered for span in one.spans]
+    specials = {span.piece for span in spans if isinstance(span.piece, Special)}
+    special_ids = {special: vocabulary.special_id(special) for special in specials}
+    texts = _encode_texts([span for span in spans if isinstance(span.piece, str)], vocabulary)
+    encoded = []
+    for one in rendered:
+        pieces = [
+            next(texts) if isinstance(span.piece, str) else _special(span, special_ids)
+            for span in one.spans
+        ]
+        encoded.append(_join(one, pieces))
+    return encoded
+
+
+def _special(span: Span, special_ids: Mapping[Special, int]) -> _Piece:
+    assert not isinstance(span.piece, str)
+    number = special_ids[span.piece] if isinstance(span.piece, Special) else span.piece
+    return _Piece(np.array([number], np.int32), np.array([span.counted]))
+
+
+def _join(rendered: Rendered, pieces: Sequence[_Piece]) -> Encoded:
+    reasoning, answer = _part_lengths(rendered.spans, pieces)
+    return Encoded(
+        tokens=np.concatenate([piece.ids for piece in pieces]),
+        loss=np.concatenate([piece.loss for piece in pieces]),
+        dropped=rendered.dropped,
+        num_reasoning=reasoning,
+        num_answer=answer,
+    )
+
+
+def _part_lengths(spans: Sequence[Span], pieces: Sequence[_Piece]) -> tuple[int, int]:
+    """Tokens between <think> and </think>, and from there to the turn's end."""
+    num_by_part = {"reasoning": 0, "answer": 0, "": 0}
+    part = ""
+    for span, piece in zip(spans, pieces, strict=True):
+        if span.piece is Special.THINK:
+            part = "reasoning"
+        elif span.piece is Special.THINK_END:
+            part = "answer" if part == "reasoning" else ""
+        elif isinstance(span.piece, Special):
+            part = ""
+        else:
+            num_by_part[part] += len(piece.ids)
+    return num_by_part["reasoning"], num_by_part["answer"]
+
+
+def _encode_texts(spans: Sequence[Span], vocabulary: Vocabulary) -> Iterator[_Piece]:
+    backend, added_ids = vocabulary.backend, list(vocabulary.added.values())
+    # A tokenizer.json may carry both, and other users of this object may have switched them on.
+    backend.no_truncation()
+    backend.no_padding()
+    is_added = np.zeros(max(backend.get_vocab_size(), *added_ids) + 1, np.bool_)
+    is_added[added_ids] = True
+    for chunk in _chunks(spans):
+        texts = [str(span.piece) for span in chunk]
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        for span, encoding in zip(chunk, encodings, strict=True):
+            ids = np.array(encoding.ids, np.int32)
+            if is_added[ids].any() or span.stretches:
+                yield _encode_exactly(span, backend, spells_added=bool(is_added[ids].any()))
+            else:
+                yield _Piece(ids, np.full(len(ids), span.counted))
+
+
+def _chunks(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Texts by the call: enough for many threads, few enough that their encodings fit memory."""
+    chunk: list[Span] = []
+    num_characters = 0
+    for span in spans:
+        chunk.append(span)
+        num_characters += len(str(span.piece))
+        if num_characters >= _CHARACTERS_PER_CALL:
+            yield chunk
+            chunk, num_characters = [], 0
+    yield chunk
+
+
+def _encode_exactly(span: Span, backend: Tokenizer, *, spells_added: bool) -> _Piece:
+    """A text that spells a special token, or counts in parts. Slow, and rare."""
+    text = str(span.piece)
+    stretches = span.stretches or (((0, len(text)),) if span.counted else ())
+    if spells_added:
+        tokens = list(_plain_tokens(text, backend))
+    else:
+        encoding = backend.encode(text, add_special_tokens=False)
+        tokens = list(zip(encoding.ids, _without_gaps(encoding.offsets, len(text)), strict=True))
+    counted = [
+        any(begin <= start and end <= stop for begin, stop in stretches)
+        for _, (start, end) in tokens
+    ]
+    ids = np.array([number for number, _ in tokens], np.int32)
+    return _Piece(ids, np.array(counted, np.bool_))
+
+
+def _without_gaps(offsets: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """Tokenizers may leave spaces out of the characters that they say a token lies in."""
+    stops = [0, *(stop for _, stop in offsets)]
+    starts = [*(start for start, _ in offsets[1:]), end]
+    for (start, stop), before, after in zip(offsets, stops, starts, strict=False):
+        yield min(start, before), max(stop, after)
+
+
+def _plain_tokens(text: str, backend: Any) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Ids and the characters they lie in, as the tokenizer does it, but blind to special tokens.
+
+    The model gives no characters for the tokens of a word, only bytes: they all get the word's.
+    """
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    for word, characters in backend.pre_tokenizer.pre_tokenize_str(text):
+        for token in backend.model.tokenize(word):
+            yield token.id, characters
+
+
+def load_tokenizer(hf_dir: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hugging Face directory.
+
+    Args:
+        hf_dir: Where its files are.
+        trust_remote_code: Whether Python code among them may be run.
+    """
+    # transformers takes seconds to import, and most of what imports this file only needs records.
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (hf_dir / name).is_file():
+            raise FileNotFoundError(
+                f"{hf_dir / name}: not found; expected the tokenizer files of a Hugging Face model"
+            )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            hf_dir, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever transformers and tokenizers raise on a broken file
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{hf_dir}: the tokenizer does not load: {reason}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{hf_dir}: the tokenizer is written in Python ({type(tokenizer).__name__}); expected "
+            "one that tokenizer.json describes in full"
+        )
+    for name in (Special.BOS.value, Special.EOS.value):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"{hf_dir / 'tokenizer_config.json'}: {name} is missing")
+    return tokenizer

@@ -1,0 +1,66 @@
+"""More layouts than CI has time for: `make test-all`."""
+
+import pytest
+from distributed.launch import Results, launch
+from distributed.layouts import ALLGATHER, FULL, ONE, OVERLAP, SELECTIVE, case, check
+from distributed.worker import Case
+from hf_reference import build, read
+
+pytestmark = [pytest.mark.slow, pytest.mark.wide, pytest.mark.xdist_group("distributed")]
+
+MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+TWO_INSTANCES = {"num_optimizer_instances": 2}
+LAYOUTS: dict[int, list[Case]] = {
+    1: [
+        case(f"{name} computed again", memory=SELECTIVE | {"recompute_modules": (name,)})
+        for name in MODULES
+    ],
+    2: [
+        case("TP2 EP2"),
+        case("CP2 packed", micro_batch_size=4),
+        case("PP2 packed, full recompute", micro_batch_size=2, memory=FULL),
+        case("PP2 VPP4"),
+        case("TP2 ETP2 allgather, full recompute", memory=FULL, experts=ALLGATHER),
+    ],
+    4: [
+        case("EP2 ETP2 allgather", experts=ALLGATHER),
+        case("TP2 ETP2 EP2 allgather packed", micro_batch_size=2, experts=ALLGATHER),
+        case("PP2 CP2 EP2 packed, full recompute", micro_batch_size=2, memory=FULL),
+        case("TP2 PP2 packed, selective recompute", micro_batch_size=2, memory=SELECTIVE),
+        case("PP2 overlapped", optimizer=OVERLAP),
+        case("TP2 overlapped, two optimizer instances", optimizer=OVERLAP, parallel=TWO_INSTANCES),
+        case("PP4 VPP2"),
+        case("PP2 VPP2, MTP apart from the loss", parallel={"stages": "Et*2|t*3|t*3|mL"}),
+    ],
+    8: [
+        case("PP4 VPP2 uneven, MTP alone", parallel={"stages": "E|t*2|t*2|t*2|t|t|m|L"}),
+        case("TP2 CP2 PP2 EP2"),
+        case("TP2 CP2 PP2 EP2 packed, full recompute", micro_batch_size=4, memory=FULL),
+        case("TP2 CP2 PP2 VPP2 EP2, full recompute", memory=FULL),
+        case("EP4 ETP2 allgather", experts=ALLGATHER),
+        case("TP4 EP8"),
+        case("TP4 CP2 EP8 packed", micro_batch_size=8),
+        case("CP4 PP2 packed, full recompute", micro_batch_size=2, memory=FULL),
+        case("PP8"),
+        case("DP8 four optimizer instances", parallel={"num_optimizer_instances": 4}),
+    ],
+}
+ALL = [case for cases in LAYOUTS.values() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory):
+    return build(num_hidden_layers=8).save(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module")
+def results(hf_dir, tmp_path_factory) -> Results:
+    out = tmp_path_factory.mktemp("out")
+    for size, cases in LAYOUTS.items():
+        launch(size, [ONE, *cases] if size == 1 else cases, hf_dir=hf_dir, out=out)
+    return Results(out)
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_a_wide_layout_gives_the_numbers_of_one_process(results, hf_dir, case):
+    check(results, case, ONE, read(hf_dir))

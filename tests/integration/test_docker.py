@@ -1,0 +1,186 @@
+"""The training image, built by a real Docker engine on a stand-in for NVIDIA's image.
+
+The stand-in carries the real one's name and, like it, Python 3.12 and torch: Debian with the test
+environment copied in. It says nothing about NVIDIA's image, GPUs, NCCL or Transformer Engine.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from environment import ROOT, apt_install, vllm_python
+
+HERE = Path(__file__).parent
+DEBIAN = "bookworm"
+# What Python's standard library and torch link to.
+LIBRARIES = (
+    *("ca-certificates", "libssl3", "libffi8", "zlib1g", "libbz2-1.0", "liblzma5", "libgomp1"),
+    *("libsqlite3-0", "libstdc++6", "libuuid1", "libexpat1", "libreadline8", "git"),
+)
+# The stand-in has no cache of libraries, for which its own ldconfig would have to run.
+LOADER = ("--change", "ENV LD_LIBRARY_PATH=/usr/local/lib")
+TESTS = ("test_architecture", "test_mapping", "test_fp8", "test_job", "test_chat", "test_local")
+Docker = Callable[..., subprocess.CompletedProcess]
+
+
+def _base() -> str:
+    [name] = re.findall(r"^ARG BASE_IMAGE=(\S+)$", _dockerfile("Dockerfile"), re.MULTILINE)
+    return name
+
+
+def _dockerfile(name: str) -> str:
+    return (ROOT / "docker" / name).read_text()
+
+
+@pytest.fixture(scope="module")
+def docker(tmp_path_factory) -> Iterator[Docker]:
+    """Runs `docker` against an engine of our own, which ends with the tests."""
+    apt_install(("dockerd", "docker.io"), ("iptables", "iptables"), ("mmdebstrap", "mmdebstrap"))
+    # Not in pytest's folder: it keeps those of three runs, and this one takes 15 GB.
+    root = tmp_path_factory.mktemp("docker")
+    # The client that belongs to the engine; another one first in PATH may want plug-ins.
+    client = shutil.which("docker", path=f"/usr/bin:{os.environ['PATH']}")
+    environment = os.environ | {"DOCKER_HOST": f"unix://{root}/docker.sock", "DOCKER_BUILDKIT": "1"}
+
+    def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [client, *arguments], capture_output=True, text=True, check=False, env=environment,
+            timeout=900, **options,
+        )  # fmt: skip
+
+    script = str(HERE / "docker.sh")
+    up = subprocess.run(["bash", script, "up", str(root)], check=False, stderr=subprocess.PIPE)
+    try:
+        if up.returncode:
+            pytest.skip(f"no Docker engine can run here: {up.stderr.decode()[-500:]}")
+        yield run
+    finally:
+        subprocess.run(["bash", script, "down", str(root)], check=False)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def debian(docker, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("debian") / "debian.tar"
+    command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(LIBRARIES)}", DEBIAN]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no Debian can be had: {done.stderr[-500:]}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def image(docker, debian, tmp_path_factory) -> str:
+    """The training image's name."""
+    producer = subprocess.Popen(
+        [sys.executable, str(HERE / "stand_in_base.py"), str(debian)], stdout=subprocess.PIPE
+    )
+    imported = docker("import", *LOADER, "-", _base(), stdin=producer.stdout)
+    assert producer.wait() == 0
+    assert imported.returncode == 0, imported.stderr
+    pip_conf = tmp_path_factory.mktemp("pip") / "pip.conf"
+    pip_conf.write_text(_pip_settings())
+    built = _build(docker, "megatron-dsv3", "--secret", f"id=pip.conf,src={pip_conf}")
+    assert built.returncode == 0, built.stderr[-5000:]
+    return "megatron-dsv3"
+
+
+def _build(docker: Docker, name: str, *options: str) -> subprocess.CompletedProcess:
+    command = ["build", "--progress=plain", "--network", "host", "--tag", name]
+    command += ["--file", str(ROOT / "docker" / "Dockerfile"), *options]
+    return docker(*command, str(ROOT))
+
+
+def _pip_settings() -> str:
+    """How pip reaches packages on this machine, its certificates among it, as a pip.conf."""
+    lines = ["[global]"]
+    for key in ("index-url", "extra-index-url", "trusted-host", "cert"):
+        command = [sys.executable, "-m", "pip", "config", "get", f"global.{key}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        value = os.environ.get(f"PIP_{key.upper().replace('-', '_')}") or done.stdout.strip()
+        if value and not value.startswith("file:"):
+            lines.append(f"{key} = {value}")
+    return "\n".join(lines) + "\n"
+
+
+def _run(docker: Docker, image: str, *command: str, options: tuple[str, ...] = ()):
+    return docker("run", "--rm", "--network", "none", *options, image, *command)
+
+
+def test_a_base_without_torch_is_refused_and_told(docker, image):
+    bare = f"FROM {_base()}\nRUN rm -rf /usr/local/lib/python3*/site-packages/torch*\n"
+    made = docker("build", "--tag", "bare", "-", input=bare)
+    assert made.returncode == 0, made.stderr
+    built = _build(docker, "none", "--build-arg", "BASE_IMAGE=bare")
+    assert built.returncode != 0
+    assert "the base has no torch, expected 2.11; this Dockerfile installs none" in built.stderr
+
+
+def test_the_command_line_runs_as_another_user_than_root(docker, image):
+    done = _run(docker, image, "megatron-dsv3", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Fine-tune DeepSeek-V3" in done.stdout
+    assert _run(docker, image, "id", "-un").stdout == "dsv3\n"
+    assert _run(docker, image, "id", "-u").stdout == "10001\n"
+
+
+def test_without_a_command_the_container_tells_what_it_brings(docker, image):
+    done = _run(docker, image)
+    assert done.returncode == 0, done.stderr
+    # Docker's own /dev/shm is too small, and that is said.
+    for what in ("torch", "2.11.0", "megatron-core", "0.19.2", "GPUs", "start a container with"):
+        assert what in " ".join(done.stderr.split()), done.stderr
+
+
+def test_versions_are_those_of_the_constraints(docker, image):
+    done = _run(docker, image, "python3", "-m", "pip", "list", "--format=freeze")
+    installed = dict(line.split("==") for line in done.stdout.splitlines() if "==" in line)
+    pinned = re.findall(r"^(megatron-core|transformers|typer|safetensors)==(\S+)$",
+                        (ROOT / "constraints.txt").read_text(), re.MULTILINE)  # fmt: skip
+    assert len(pinned) == 4
+    assert {name: installed[name] for name, _ in pinned} == dict(pinned)
+
+
+def test_the_packages_tests_pass_inside(docker, image):
+    mounts = []
+    for name in ("tests", "pyproject.toml"):
+        mounts += ["--volume", f"{ROOT / name}:/work/{name}:ro"]
+    files = [f"tests/{name}.py" for name in TESTS]
+    options = (*mounts, "--workdir", "/work", "--env", "PYTHONDONTWRITEBYTECODE=1")
+    pytest_ = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore")
+    done = _run(docker, image, *pytest_, *files, options=options)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    # The installed package, not a checkout.
+    where = _run(
+        docker, image, "python3", "-c", "import megatron_dsv3; print(megatron_dsv3.__file__)"
+    )
+    assert where.stdout.startswith("/usr/local/lib/python3"), where.stdout
+
+
+def test_the_image_holds_neither_sources_to_build_from_nor_an_index(docker, image):
+    done = _run(docker, image, "ls", "-A", "/opt/megatron_dsv3")
+    assert sorted(done.stdout.split()) == sorted(
+        ("LICENSE", "README.md", "constraints.txt", "docker", "examples", "setup.py", "tools")
+    )
+    environment = _run(docker, image, "env").stdout
+    assert not [line for line in environment.splitlines() if line.startswith("PIP_INDEX")]
+    assert not _run(docker, image, "cat", "/etc/pip.conf").stdout
+
+
+def test_serving_needs_nothing_of_the_training_environment():
+    """What `Dockerfile.serve` checks at its end, in the environment of vLLM for CPUs."""
+    [words] = re.findall(r'python3 -c "(.*)"', _dockerfile("Dockerfile.serve"))
+    command = [vllm_python(), "-c", words]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,61 @@
+"""The parity gate over Transformer Engine's modules on a GPU.
+
+In bf16 alone: no attention kernel of a GPU takes the gate's packed rows in fp32.
+"""
+
+from collections.abc import Iterator
+
+import gate_model
+import hf_reference
+import pytest
+import torch
+from hf_reference import YARN
+
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.convert.bridge import Bridge
+from megatron_dsv3.model.groups import Groups, SharedError, device_of, start, stop
+
+pytestmark = pytest.mark.gpu
+
+REAL_HEADS = {
+    "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Groups]:
+    yield start(Parallel(), device_of("cuda"))
+    stop()
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory):
+    model = hf_reference.build(**REAL_HEADS)
+    return model.save(tmp_path_factory.mktemp("hf"), dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def any_attention_backend(monkeypatch):
+    """Megatron-Core fixes a process's first choice in these variables."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _swap_first_experts_gate_and_up(bridge: Bridge) -> None:
+    name = "decoder.layers.2.mlp.experts.linear_fc1.weight0"
+    [tensor] = [tensor for param, tensor in bridge.local_tensors() if param.mcore == name]
+    tensor.data.copy_(torch.cat(tensor.data.chunk(2)[::-1]))
+
+
+def test_bf16_passes_and_a_swapped_expert_is_named(groups, hf_dir):
+    settings = {"dtype": torch.bfloat16, "longest": 250, "transformer_engine": True}
+    report = gate_model.check(hf_dir, groups, Parallel(), **settings)
+    shares = {difference.part: difference.share for difference in report.differences}
+    assert max(shares.values()) < 0.8, shares
+    with pytest.raises(SharedError, match="first in layer 2 "):
+        gate_model.check(
+            hf_dir, groups, Parallel(), damage=_swap_first_experts_gate_and_up, **settings
+        )

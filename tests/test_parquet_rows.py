@@ -1,0 +1,98 @@
+import hashlib
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_dsv3.data import compressed, parquet_rows
+from megatron_dsv3.data.rows import Fault, decode
+from megatron_dsv3.data.schemas import read_chat
+from megatron_dsv3.data.sources import Source
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"q{i}", "tool_calls": None},
+            {"role": "assistant", "content": "a" * i, "tool_calls": None},
+        ],
+        "id": i,
+    }
+    for i in range(50)
+]
+
+
+def write(path, rows, **options):
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    return path
+
+
+def read(path):
+    source = Source(path)
+    rows = [row for item in source.items() for row in decode(item)]
+    return [r for r in rows if not isinstance(r, Fault)], [r for r in rows if isinstance(r, Fault)]
+
+
+@pytest.mark.parametrize("group", [7, 1000])
+def test_rows_come_in_order_without_the_columns_that_mean_nothing(tmp_path, group):
+    path = write(tmp_path / "any.name", ROWS, row_group_size=group)
+    rows, faults = read(path)
+    assert faults == []
+    assert [row.value for row in rows] == [{"messages": row["messages"]} for row in ROWS]
+    assert [row.place for row in rows[:2]] == [f"{path}:1", f"{path}:2"]
+    assert read_chat(rows[3].value).conversation[1].content == "aaa"
+
+
+def test_progress_and_hash_are_those_of_the_file(tmp_path):
+    path = write(tmp_path / "a.parquet", ROWS)
+    source = Source(path)
+    seen = [source.num_read for _ in source.items()]
+    assert seen == sorted(seen)
+    assert 0 < seen[0] < seen[-1] == path.stat().st_size
+    assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_that_is_cut_off_or_damaged_is_named(tmp_path):
+    content = write(tmp_path / "a.parquet", ROWS).read_bytes()
+    for broken in (content[: len(content) // 2], content[:100] + bytes(60) + content[160:]):
+        path = tmp_path / "broken"
+        path.write_bytes(broken)
+        _, [fault] = read(path)
+        assert (fault.reason, fault.ends_file) == ("damaged Parquet", True)
+        assert fault.message.startswith(f"{path}: not readable as Parquet: ")
+        assert "\n" not in fault.message
+
+
+def test_a_table_without_conversations_is_named(tmp_path):
+    path = write(tmp_path / "a.parquet", [{"text": "a", "id": 1}])
+    _, [fault] = read(path)
+    problem = f"{path}: expected a column messages or conversations, got text, id"
+    assert (fault.reason, fault.message) == ("unknown schema", problem)
+
+
+def test_a_bomb_by_its_footer_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed, "FREE_BYTES", 1 << 16)
+    rows = [{"messages": str(i) + "0" * 100_000} for i in range(20)]
+    path = write(tmp_path / "a.parquet", rows, compression="zstd", use_dictionary=False)
+    monkeypatch.setattr(parquet_rows, "_read", None)
+    _, [fault] = read(path)
+    assert fault.reason == "decompression bomb"
+    assert f"{path}: at least 20" in fault.message
+
+
+def test_a_bomb_by_a_dictionary_is_refused_where_it_unfolds(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed, "FREE_BYTES", 1 << 20)
+    path = write(tmp_path / "a.parquet", [{"messages": "0" * 10_000}] * 2000)
+    size = path.stat().st_size
+    metadata = pq.read_metadata(path)
+    assert metadata.row_group(0).column(0).total_uncompressed_size < 1 << 16, "footer looks fine"
+    rows, [fault] = read(path)
+    assert fault.reason == "decompression bomb"
+    assert len(rows) * 10_000 <= max(compressed.FREE_BYTES, 250 * size) < 2000 * 10_000
+
+
+def test_a_value_longer_than_a_row_may_be_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_rows, "MAX_ROW_BYTES", 1000)
+    path = write(tmp_path / "a.parquet", [{"messages": "0" * 100_000}])
+    _, [fault] = read(path)
+    assert fault.reason == "longer than a row may be"
+    assert "expected at most 1000 bytes a row" in fault.message

@@ -1,0 +1,137 @@
+"""Runs that are killed, and runs that meet: a store is complete, or made anew by the next run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from chat_cases import HF_DIR, assistant, user
+from prepare_cases import GOOD, run, samples_of, write_rows
+
+from megatron_dsv3.data import prepare, report_files, store
+from megatron_dsv3.data.manifest import read_manifest
+
+SECONDS = 90
+
+
+def kill_self(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in(place, number, target, path, **options):
+    """Runs `prepare` in a child that is killed when it comes to a place for the n-th time."""
+    child = os.fork()
+    if child == 0:
+        owner, name = place
+        function, calls = getattr(owner, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == number:
+                kill_self()
+            return function(*args, **kwargs)
+
+        setattr(owner, name, counted)
+        report_files.PICTURES = {}
+        run(target, path, **options)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+PLACES = {
+    "reading": ((prepare.StoreWriter, "add"), 2),
+    "report": ((report_files.json, "dumps"), 1),
+    "files": ((store, "_sync"), 3),
+    "manifest": ((store, "_sync"), 7),
+    "old away": ((Path, "rename"), 1),
+    "new in": ((Path, "rename"), 2),
+    "unlock": ((store.os, "open"), 1),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_killed_run_leaves_a_whole_store_or_one_that_the_next_run_replaces(tmp_path, name):
+    old = write_rows(tmp_path / "old.jsonl", GOOD)
+    new = write_rows(tmp_path / "new.jsonl", GOOD, [user("r"), assistant("b")])
+    target = tmp_path / "store"
+    run(target, old)
+    place, number = PLACES[name]
+    assert killed_in(place, number, target, new, replace=True)
+    if read_manifest(target) is not None:
+        sources = {source.path for source in read_manifest(target).recipe.sources}
+        assert len(samples_of(target)) == (1 if sources == {str(old)} else 2)
+    run(target, new, replace=True)
+    assert len(samples_of(target)) == 2
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"old.jsonl", "new.jsonl", "store"}
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_store_and_workers_without_a_parent(tmp_path):
+    """One run of the command, with workers: another is refused, and a kill ends them all."""
+    chats, small = tmp_path / "chats.jsonl", write_rows(tmp_path / "small.jsonl", GOOD)
+    line = json.dumps({"messages": [user("q " * 2000), assistant("a " * 2000)]}) + "\n"
+    chats.write_text(line * 10_000)
+    target = tmp_path / "store"
+    command = (
+        *(sys.executable, "-m", "megatron_dsv3.cli", "prepare", chats, "--model", HF_DIR),
+        *("--out", target, "--workers", "2"),
+    )
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: size_of(tmp_path / "store.unfinished" / "tokens.bin") > 1 << 20, process)
+        with pytest.raises(ValueError, match=r"another process is writing this store"):
+            run(target, small)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        process.kill()
+        process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    assert not target.exists()
+    run(target, small)
+    assert len(samples_of(target)) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"chats.jsonl", "small.jsonl", "store"}
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < end, "nothing was written in time"
+        time.sleep(0.05)
+
+
+def test_a_worker_that_dies_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", *[GOOD] * 3)
+    with pytest.raises(ValueError, match=r"a worker died; was it out of memory"):
+        run_with_dying_worker(tmp_path / "store", path, monkeypatch)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def run_with_dying_worker(target, path, monkeypatch):
+    from megatron_dsv3.data import workers
+
+    # Pickled by its name, so the worker finds this very function.
+    monkeypatch.setattr(workers, "_work", kill_self)
+    run(target, path, num_workers=2)
+
+
+def test_a_complete_store_is_replaced_only_on_demand(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", GOOD)
+    run(tmp_path / "store", path)
+    with pytest.raises(ValueError, match=r"store: holds a complete store already"):
+        run(tmp_path / "store", path)
+    run(tmp_path / "store", path, replace=True)
+    assert len(samples_of(tmp_path / "store")) == 1
