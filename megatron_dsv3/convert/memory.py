@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _COUNTED = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
-_PROCESS_BYTES = 480_000_000
+_PARENT_BYTES = 960_000_000
+"""Python, torch, and the index of a training run of the 671B, while it is read."""
+_WORKER_BYTES = 480_000_000
 """Python, torch, and what a worker knows about 46,183 tensors and where they are."""
 _COPIES = 4
 """Pieces that a worker holds at once: read, computed, and two in the buffers of both."""
@@ -45,7 +47,7 @@ class Budget:
     def needed_bytes(self) -> int:
         """What all processes together take at most, whatever the size of the model."""
         pieces = _COPIES * PIECE_BYTES * self.num_workers
-        return _PROCESS_BYTES * (self.num_workers + 1) + pieces
+        return _PARENT_BYTES + _WORKER_BYTES * self.num_workers + pieces
 
     @property
     def piece_bytes(self) -> int:
