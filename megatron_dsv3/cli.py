@@ -89,7 +89,9 @@ def prepare(
     from megatron_dsv3.commands import prepare as command
 
     if not paths:
-        command.look(out, Console(), hf_dir=model, num_shown=show)
+        command.look(
+            out, Console(), hf_dir=model, num_shown=show, trust_remote_code=trust_remote_code
+        )
         return
     from megatron_dsv3.data.prepare import PrepareOptions
 

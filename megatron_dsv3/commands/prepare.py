@@ -82,13 +82,20 @@ def run(
     console.print(f"wrote {target}, report in {target / REPORT}", highlight=False, soft_wrap=True)
 
 
-def look(store: Path, console: Console, *, hf_dir: Path, num_shown: int) -> None:
+def look(
+    store: Path,
+    console: Console,
+    *,
+    hf_dir: Path,
+    num_shown: int,
+    trust_remote_code: bool = False,
+) -> None:
     """Prints samples of a store that is there already.
 
     Raises:
         ValueError: There is no complete store, or it was made with another tokenizer.
     """
-    tokenizer = load_tokenizer(hf_dir)
+    tokenizer = load_tokenizer(hf_dir, trust_remote_code=trust_remote_code)
     manifest = read_manifest(store)
     if manifest is not None and manifest.recipe.tokenizer != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{store}: made with another tokenizer than that of {hf_dir}")

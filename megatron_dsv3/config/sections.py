@@ -108,7 +108,8 @@ class OptimizerSection(Section):
     data-parallel ranks) and rounds them to 8 bits; needs a GPU."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """Of the sum over micro-batches and ranks. bf16 halves 4 bytes a parameter of every rank and
-    loses what is 256 times smaller than the sum."""
+    loses what is 256 times smaller than the sum; with fp32 moments the optimizer copies its share
+    of them to fp32 first, so on few data-parallel ranks it saves nothing."""
     offload_fraction: Fraction = 0.0
     """Share of masters and moments that live, and are updated, in host memory: 12 bytes a parameter
     off the GPU for about 10 times the time of the update; needs a GPU. Changes numbers by rounding

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from megatron_dsv3.data import compressed
 from megatron_dsv3.data.rows import MAX_ROW_BYTES, RowError, Table
 from megatron_dsv3.data.schemas import ROW_KEYS, SCHEMAS
@@ -27,15 +30,11 @@ def tables(path: Path) -> Iterator[Table]:
     Raises:
         RowError: It is no Parquet file, is damaged, a bomb, or has no column of conversations.
     """
-    # Arrow takes 25 MB and half a second, and most inputs are JSON.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         # Pages are read one after the other, not a whole row group.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             _check_footer(path, file.metadata)
-            yield from _read(path, file, pa)
+            yield from _read(path, file)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise RowError("damaged Parquet", f"{path}: not readable as Parquet: {reason}") from None
@@ -59,7 +58,7 @@ def _check_size(path: Path, num_bytes: int, size: int) -> None:
         )
 
 
-def _read(path: Path, file: Any, pa: Any) -> Iterator[Table]:
+def _read(path: Path, file: Any) -> Iterator[Table]:
     size = max(1, path.stat().st_size)
     columns = [name for name in file.schema_arrow.names if name in ROW_KEYS]
     if not any(name in SCHEMAS for name in columns):
@@ -77,11 +76,11 @@ def _read(path: Path, file: Any, pa: Any) -> Iterator[Table]:
                 f"{MAX_ROW_BYTES} bytes a row",
             )
         end = number + len(batch)
-        yield Table(str(path), number, _as_stream(batch, pa), (end - 1) / file.metadata.num_rows)
+        yield Table(str(path), number, _as_stream(batch), (end - 1) / file.metadata.num_rows)
         number = end
 
 
-def _as_stream(batch: Any, pa: Any) -> bytes:
+def _as_stream(batch: Any) -> bytes:
     # Pickling a batch would send the whole buffers that it is a slice of.
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, batch.schema) as stream:

@@ -23,7 +23,8 @@ _NUM_EXAMPLES = 20
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 # Four bins an octave up to a million tokens, and whatever is longer.
 _LENGTH_EDGES = 2.0 ** (np.arange(81) / 4)
-_SHARE_EDGES = np.linspace(0, 1, 41)
+# Without an edge at 1: what is full is in the last bin.
+_SHARE_EDGES = np.arange(40) / 40
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ def _draw_packing(axes: Axes, report: Report) -> None:
     packing = report.packing
     _bars(axes, packing.fill_of_rows, _BLUE, "")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.5)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     title = f"Packing: {packing.rows:,} rows of {packing.row_length:,}, {packing.fill:.2%} full"
     axes.set(title=title, xlabel="share of a row that holds tokens", ylabel="rows")
@@ -98,7 +99,7 @@ def _bars(axes: Axes, histogram: Histogram, color: str, label: str) -> None:
     filled = np.flatnonzero(counts)
     shown = slice(filled[0], filled[-1] + 1)
     edges = np.array(histogram.edges)
-    # The last bin has no end: it is drawn as wide as the one before, which for shares is none.
+    # The last bin has no end: it is drawn as wide as the one before.
     ends = np.append(edges, 2 * edges[-1] - edges[-2])
     axes.bar(
         edges[shown],

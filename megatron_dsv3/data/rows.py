@@ -105,7 +105,7 @@ def decode(item: Item) -> Iterator[Row | Fault]:
 
 
 def _table_rows(table: Table) -> Iterator[Row]:
-    # Arrow takes 25 MB and half a second, and most inputs are JSON.
+    # Arrow takes 25 MB in each worker, and most inputs are JSON.
     import pyarrow as pa
 
     with pa.ipc.open_stream(table.content) as stream:

@@ -77,8 +77,11 @@ class Vocabulary:
 
 
 class _Piece(NamedTuple):
-    ids: Ids
-    loss: Mask
+    """Lists, as one array a conversation is made faster than one a piece."""
+
+    ids: list[int]
+    loss: bool | list[bool]
+    """Of all tokens, or of each."""
 
 
 def encode(
@@ -112,18 +115,28 @@ def tokenize(rendered: Sequence[Rendered], vocabulary: Vocabulary) -> list[Encod
 def _special(span: Span, special_ids: Mapping[Special, int]) -> _Piece:
     assert not isinstance(span.piece, str)
     number = special_ids[span.piece] if isinstance(span.piece, Special) else span.piece
-    return _Piece(np.array([number], np.int32), np.array([span.counted]))
+    return _Piece([number], span.counted)
 
 
 def _join(rendered: Rendered, pieces: Sequence[_Piece]) -> Encoded:
     reasoning, answer = _part_lengths(rendered.spans, pieces)
     return Encoded(
-        tokens=np.concatenate([piece.ids for piece in pieces]),
-        loss=np.concatenate([piece.loss for piece in pieces]),
+        tokens=np.array([number for piece in pieces for number in piece.ids], np.int32),
+        loss=_mask(pieces),
         dropped=rendered.dropped,
         num_reasoning=reasoning,
         num_answer=answer,
     )
+
+
+def _mask(pieces: Sequence[_Piece]) -> Mask:
+    if all(isinstance(piece.loss, bool) for piece in pieces):
+        return np.repeat([piece.loss for piece in pieces], [len(piece.ids) for piece in pieces])
+    parts = [
+        np.full(len(piece.ids), piece.loss) if isinstance(piece.loss, bool) else piece.loss
+        for piece in pieces
+    ]
+    return np.concatenate(parts).astype(np.bool_)
 
 
 def _part_lengths(spans: Sequence[Span], pieces: Sequence[_Piece]) -> tuple[int, int]:
@@ -143,21 +156,20 @@ def _part_lengths(spans: Sequence[Span], pieces: Sequence[_Piece]) -> tuple[int,
 
 
 def _encode_texts(spans: Sequence[Span], vocabulary: Vocabulary) -> Iterator[_Piece]:
-    backend, added_ids = vocabulary.backend, list(vocabulary.added.values())
+    backend, added_ids = vocabulary.backend, frozenset(vocabulary.added.values())
     # A tokenizer.json may carry both, and other users of this object may have switched them on.
     backend.no_truncation()
     backend.no_padding()
-    is_added = np.zeros(max(backend.get_vocab_size(), *added_ids) + 1, np.bool_)
-    is_added[added_ids] = True
     for chunk in _chunks(spans):
         texts = [str(span.piece) for span in chunk]
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         for span, encoding in zip(chunk, encodings, strict=True):
-            ids = np.array(encoding.ids, np.int32)
-            if is_added[ids].any() or span.stretches:
-                yield _encode_exactly(span, backend, spells_added=bool(is_added[ids].any()))
+            ids = encoding.ids
+            spells_added = not added_ids.isdisjoint(ids)
+            if spells_added or span.stretches:
+                yield _encode_exactly(span, backend, spells_added=spells_added)
             else:
-                yield _Piece(ids, np.full(len(ids), span.counted))
+                yield _Piece(ids, span.counted)
 
 
 def _chunks(spans: Sequence[Span]) -> Iterator[list[Span]]:
@@ -186,8 +198,7 @@ def _encode_exactly(span: Span, backend: Tokenizer, *, spells_added: bool) -> _P
         any(begin <= start and end <= stop for begin, stop in stretches)
         for _, (start, end) in tokens
     ]
-    ids = np.array([number for number, _ in tokens], np.int32)
-    return _Piece(ids, np.array(counted, np.bool_))
+    return _Piece([number for number, _ in tokens], counted)
 
 
 def _without_gaps(offsets: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -78,6 +79,8 @@ def run(pipeline: Pipeline, items: Iterable[Item], *, num_workers: int) -> Itera
 def _start(pipeline: Pipeline) -> None:
     global _pipeline
     _pipeline = pipeline
+    # Ctrl-C reaches the whole group of processes; the parent ends it for all.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Each worker is one thread of work; the tokenizer would start as many again in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
