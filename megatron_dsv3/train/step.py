@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_dsv3.config.sections import ExpertsSection, SpikesSection
-from megatron_dsv3.data.batch import Batch
+from megatron_dsv3.data.batch import Batch, counted_tokens
 from megatron_dsv3.model.attention import zigzag
 from megatron_dsv3.model.build import routers
 from megatron_dsv3.model.groups import Groups
@@ -132,7 +132,7 @@ def _members_by_depth(documents: Tensor, *, num_depths: int) -> Tensor:
 
 def global_counts(batches: Sequence[Batch], groups: Groups) -> Counts:
     """Sums over all data-parallel ranks, before the first forward: losses are divided by them."""
-    counted = torch.stack([batch.loss_mask.sum((1, 2), dtype=torch.float64) for batch in batches])
+    counted = torch.stack([counted_tokens(batch).double() for batch in batches])
     lengths = torch.cat([batch.lengths for batch in batches]).double()
     sums = torch.stack([(lengths > 0).sum(), lengths.sum(), lengths.square().sum()])
     vector = torch.cat([counted.sum(0), sums]).to(groups.device)
