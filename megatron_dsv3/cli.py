@@ -176,6 +176,9 @@ def verify(
 
         gate.run(reference, settings, Console())
         return
+    if not other.is_dir():
+        kinds = ", ".join(JOB_SUFFIXES)
+        raise ValueError(f"{other}: expected a job file ({kinds}) or a checkpoint's directory")
     if overrides:
         raise ValueError(f"{other} is no job file; nothing can be set on it: {overrides}")
     from megatron_dsv3.commands import compare

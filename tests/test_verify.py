@@ -39,14 +39,16 @@ def run(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     return call
 
 
-def test_verify_says_that_the_model_is_transformers_and_writes_nothing(run, model, job, tmp_path):
+def test_verify_says_that_the_model_is_transformers_and_keeps_its_data(run, model, job, tmp_path):
+    """The store of the chat files stays where the training looks for it."""
     before = set(tmp_path.iterdir())
     code, out, err = run("verify", model, job, "mtp.mode=off")
     assert (code, err) == (0, "")
     assert "layer 1" in out
     assert "MTP" not in out
     assert out.endswith("the model is transformers'\n")
-    assert set(tmp_path.iterdir()) == before
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "log"}
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {"data"}
 
 
 def test_verify_needs_no_empty_output(run, model, job, tmp_path):
@@ -85,7 +87,8 @@ def test_training_starts_after_the_gate_and_is_what_it_is_without(run, job, tmp_
     code, out, _ = run("train", job, f"log.dir={tmp_path / 'plain'}")
     assert code == 0
     assert "Parity" not in out
-    shutil.rmtree(tmp_path / "out")
+    for left in ("out", "out-checkpoints"):
+        shutil.rmtree(tmp_path / left)
     code, out, _ = run("train", job, "train.verify_first=true")
     assert code == 0
     assert out.index("Parity with transformers") < out.index("step 1/")
@@ -107,4 +110,4 @@ def test_a_model_that_is_wrong_is_not_trained(run, job, tmp_path, monkeypatch):
     assert "first in layer 1 (model.layers.1)" in err
     assert "step 1/" not in out
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "log").exists()
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {"data"}
