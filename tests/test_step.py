@@ -200,6 +200,14 @@ def test_packed_documents_keep_their_bounds_across_rows(groups):
     assert packed.max_seqlen_q == packed.max_seqlen_kv == 8
 
 
+@pytest.mark.parametrize(("length", "bound"), [(1, 1), (4, 4), (5, 8), (9, 12), (12, 12)])
+def test_the_longest_document_is_bounded_by_one_of_few_numbers(groups, length, bound):
+    batch = _packed([_sample(length, "a")], multiple=1, length=12)
+    assert max(length, 12 - length) <= to_row(batch, groups).packed.max_seqlen_q
+    whole = _packed([_sample(length, str(i)) for i in range(12 // length)], multiple=1, length=12)
+    assert to_row(whole, groups).packed.max_seqlen_q == bound
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_context_parallel_ranks_share_each_packed_document(groups, size):
     batch = _packed(SAMPLES[:3], [SAMPLES[3]], multiple=2 * size, length=48)

@@ -97,7 +97,9 @@ def to_row(batch: Batch, groups: Groups) -> Row:
         tensors = [tensor[..., torch.cat(parts)] for tensor in tensors]
     tokens, positions, labels, mask, documents = (t.to(groups.device) for t in tensors)
     bounds = batch.bounds.to(groups.device)
-    longest = _ceil_power_of_two(int(batch.bounds.diff().max()))
+    # Attention kernels on a GPU are planned anew for each bound of the lengths: give them few.
+    longest = 1 << (int(batch.bounds.diff().max()) - 1).bit_length()
+    longest = min(longest, batch.tokens.numel())
     packed = PackedRow(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -110,11 +112,6 @@ def to_row(batch: Batch, groups: Groups) -> Row:
     return Row(
         tokens[None], positions[None], labels[:, None], mask[:, None], packed, batch.sample_ids
     )
-
-
-def _ceil_power_of_two(length: int) -> int:
-    """Attention kernels on a GPU are planned anew for each bound of the lengths: give them few."""
-    return 1 << (length - 1).bit_length()
 
 
 def _members_by_depth(documents: Tensor, *, num_depths: int) -> Tensor:
