@@ -10,6 +10,7 @@ page cache or not as the run before left them, for the converter and for `cp` al
 import argparse
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,8 @@ class Timing:
     seconds: float
     whole_seconds: float
     """From start to exit: imports, checks of the source and planning as well."""
+    cpu_seconds: float
+    """Of all its processes: what stays the same on a machine that has other work, too."""
     peak_gb: float
     copy_seconds: float
 
@@ -94,16 +97,22 @@ def measure(work: Path, direction: str, workers: int) -> Timing:
     subprocess.run(["sync"], check=True)
     command = [sys.executable, "-W", "ignore", str(TOOL), *options, "--from", str(work / source)]
     command += ["--out", str(out), "--workers", str(workers)]
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), children_cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    whole = time.perf_counter() - began
+    whole, cpu = time.perf_counter() - began, children_cpu_seconds() - began_cpu
     if done.returncode:
         raise SystemExit(done.stderr)
     said = re.search(r"([\d,]+) bytes in (\d+) s .* at most ([\d.]+) GB", done.stdout)
     assert said is not None, done.stdout
     copied = copy_seconds(out, work / "copy")
     num_bytes = sum(file.stat().st_size for file in out.iterdir())
-    return Timing(num_bytes, float(said[2]), whole, float(said[3]), copied)
+    return Timing(num_bytes, float(said[2]), whole, cpu, float(said[3]), copied)
+
+
+def children_cpu_seconds() -> float:
+    """Of all processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def copy_seconds(source: Path, target: Path) -> float:
@@ -129,14 +138,16 @@ def main() -> None:
     work = arguments.work
     if not (work / "fp8").exists():
         make_source(work / "fp8")
-    print("direction         workers  GB   s    all s  GB/s  cp+sync s  ratio  peak GB  671B h")
+    print(
+        "direction         workers  GB   s    all s  cpu s  GB/s  cp+sync s  ratio  peak GB  671B h"
+    )
     for direction in arguments.only:
         for workers in arguments.workers:
             t = measure(work, direction, workers)
             hours = t.seconds * V3_BYTES[direction] / t.num_bytes / 3600
             print(
                 f"{direction:17} {workers:7} {t.num_bytes / 1e9:5.1f} {t.seconds:5.0f} "
-                f"{t.whole_seconds:6.0f} {t.num_bytes / 1e9 / t.seconds:5.2f} "
+                f"{t.whole_seconds:6.0f} {t.cpu_seconds:6.0f} {t.num_bytes / 1e9 / t.seconds:5.2f} "
                 f"{t.copy_seconds:10.0f} {t.seconds / t.copy_seconds:6.2f} {t.peak_gb:8.2f} "
                 f"{hours:7.1f}",
                 flush=True,
