@@ -15,7 +15,7 @@ from megatron_dsv3.train.step import TrainStep
 
 
 def run(hf_dir: Path, job: Job, console: Console) -> None:
-    """Loads the job's model in its layout, compares it with the directory; no file but the data's store is written.
+    """Loads the job's model in its layout and compares it; only the data's store is written.
 
     Raises:
         ValueError: The job cannot work, or a part differs beyond the tolerance of its precision.
