@@ -42,6 +42,8 @@ EXTRAS = {
     # vLLM pins one torch per release, 0.24 to 0.26 pin 2.11. A newer vLLM goes into an environment
     # of its own, without this package: all it needs is the exported directory.
     "serve": ["vllm>=0.24,<0.27"],
+    # Peers of benchmarks/, each left out where it is not installed.
+    "bench": ["datasets>=5,<6", "trl>=1,<2"],
     "dev": [
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",

@@ -53,7 +53,7 @@ def declared(metadata: importlib.metadata.Distribution, *extras: str) -> dict[st
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_import_is_declared(metadata, folder):
-    extras = ("gpu", "serve") if folder == "megatron_dsv3" else ("gpu", "serve", "dev")
+    extras = ("gpu", "serve") if folder == "megatron_dsv3" else ("gpu", "serve", "bench", "dev")
     missing = undeclared(ROOT / folder, set(declared(metadata, *extras)))
     assert not missing, "\n".join(missing)
 
