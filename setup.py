@@ -29,8 +29,6 @@ REQUIREMENTS = [
     "pyyaml>=6,<7",
     "typer>=0.15,<1",
     "rich>=13,<16",
-    # Hashes files ten times as fast as a disk gives them; hashlib has nothing near.
-    "xxhash>=3.4,<4",
     "matplotlib>=3.9,<4",
     # Input files: Parquet, and Zstandard, which Python itself reads from 3.14 on.
     "pyarrow>=20,<27",

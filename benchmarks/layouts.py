@@ -69,6 +69,8 @@ def train(
         return done
     settings = {
         "model.hf_dir": directory / "model",
+        "data.store": "null",
+        "data.template": "deepseek_r1",
         "data.paths": f"[{directory / 'champ.jsonl'}]",
         "parallel.ep_size": 1,  # the quickstart's own layout is another one
         **{f"parallel.{key}": value for key, value in sizes.items()},

@@ -17,6 +17,8 @@ export TORCHDYNAMO_DISABLE=1
 
 rm -rf "$out"
 python examples/quickstart/prepare.py "$out"
+python -m megatron_dsv3.cli prepare "$out/champ.jsonl" --model "$out/model" --out "$out/tokens" \
+    --template deepseek_r1 --seq-length 384 --workers 1
 torchrun --standalone --nproc-per-node 2 examples/quickstart/train.py \
     "$out/probe.pt" examples/quickstart/job.yaml "$@"
 python examples/quickstart/check.py "$out"

@@ -55,3 +55,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        # Megatron-Core fixes a process's first choice of attention in these.
+        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+            os.environ.pop(name, None)

@@ -240,13 +240,13 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], None] | None, list[str], str]] 
     "an unknown role": (
         _chats({"messages": [{"role": "critic", "content": "no"}]}),
         [],
-        r"chats\.jsonl:1: .*critic",
+        r"chats\.jsonl:1 .*critic",
     ),
-    "an empty conversation": (_chats({"messages": []}), [], r"chats\.jsonl:1: .*(empty|no )"),
+    "an empty conversation": (_chats({"messages": []}), [], r"chats\.jsonl:1 .*(empty|no )"),
     "a sample without a counted token": (
         _chats(CONVERSATIONS[0], conversation("a", "b", loss=False)),
         [],
-        r"chats\.jsonl:2: no counted token",
+        r"chats\.jsonl:2 .*no counted token",
     ),
     "sizes that do not divide": (
         None,

@@ -9,7 +9,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
-from megatron_dsv3.config.counts import count_parameters, flops_per_token
+from megatron_dsv3.config.counts import count_parameters, document_flops, flops_per_token
 
 SMALL = replace(
     DEEPSEEK_V3,
@@ -122,6 +122,13 @@ def test_flops_are_those_that_torch_counts_but_for_the_masked_half(name, seq_len
     num_masked = seq_length * (seq_length - 1) // 2
     ours = seq_length * flops_per_token(arch, seq_length, num_mtp_layers=0)
     assert ours == measured_flops(arch, seq_length) - num_masked * pair
+
+
+def test_documents_cost_what_their_tokens_cost_each_in_its_own():
+    lengths = [1, 9, 32, 9, 700]
+    arch = VARIANTS["two mtp"]
+    ours = document_flops(arch, num_tokens=sum(lengths), num_squares=sum(n * n for n in lengths))
+    assert ours == sum(n * flops_per_token(arch, n) for n in lengths)
 
 
 def test_an_mtp_layer_costs_a_layer_with_experts_its_projection_and_a_head():

@@ -6,6 +6,7 @@ from chat_cases import deepseek_tokenizer
 from transformers import AutoTokenizer
 
 from megatron_dsv3.data.fingerprints import template_fingerprint, tokenizer_fingerprint
+from megatron_dsv3.data.own_template import OwnTemplate
 from megatron_dsv3.data.templates import TEMPLATES
 
 
@@ -44,4 +45,5 @@ def test_every_template_has_its_own_fingerprint():
     assert len(prints) == len(TEMPLATES)
     one = TEMPLATES["deepseek_r1"]
     assert template_fingerprint(replace(one, calls_end=())) != template_fingerprint(one)
-    assert template_fingerprint("{{ a }}") != template_fingerprint("{{ b }}")
+    own = [OwnTemplate(text, {}, {}) for text in ("{{ a }}", "{{ b }}")]
+    assert template_fingerprint(own[0]) != template_fingerprint(own[1])

@@ -47,13 +47,6 @@ def groups() -> Iterator[Groups]:
     stop()
 
 
-@pytest.fixture(autouse=True)
-def any_attention_backend(monkeypatch):
-    """Megatron-Core fixes a process's first choice in these variables."""
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     return hf_reference.build(bias_std=100.0, **REAL_HEADS)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import hf_reference
@@ -18,6 +19,8 @@ from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.model.build import build_chunks, routers, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups, device_of, start, stop
+from megatron_dsv3.train import bench
+from megatron_dsv3.train.bench import slice_of_v3
 from megatron_dsv3.train.optimizer import build_optimizer
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +36,7 @@ MODEL = {
 BF16 = PrecisionSection()
 # e4m3 keeps 4 bits: each product is 3.8e-2 off (measured), a dozen in a row add up as squares do.
 FP8_TOLERANCE = 0.2
+CASE = bench.Case(name="small", arch=slice_of_v3(vocab_size=2048), document_length=512)
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +45,10 @@ def groups() -> Iterator[Groups]:
     stop()
 
 
-@pytest.fixture(autouse=True)
-def any_attention_backend(monkeypatch):
-    """Megatron-Core fixes a process's first choice in these variables."""
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory) -> Path:
     reference = hf_reference.build(bias_std=100.0, **MODEL)
     return reference.save(tmp_path_factory.mktemp("hf"), dtype=torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randint(0, 128, (2, LENGTH), generator=torch.Generator().manual_seed(3)).cuda()
 
 
 def _bridge(hf_dir: Path, groups: Groups, precision: PrecisionSection) -> Bridge:
@@ -72,21 +64,20 @@ def _bridge(hf_dir: Path, groups: Groups, precision: PrecisionSection) -> Bridge
     return bridge
 
 
-def _gradients(bridge: Bridge, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses of every token and depth, and the gradients of their sum."""
-    [model] = bridge.chunks
-    wrapped = wrap([model], model.config)
-    wrapped[0].zero_grad_buffer()
-    positions = torch.arange(LENGTH, device="cuda").expand(2, LENGTH)
-    labels = torch.stack([tokens.roll(-1 - depth, 1) for depth in range(2)])
-    losses = wrapped[0](tokens, positions, None, labels=labels)
-    losses.sum().backward()
+def _first_gradients(
+    groups: Groups, precision: PrecisionSection
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one step of the slice, on the host."""
+    prepared = bench.prepare(replace(CASE, precision=precision), groups)
+    loss = prepared.one()
+    [chunk] = prepared.step.chunks
     gradients = {
-        param.mcore: tensor.main_grad.float().clone()
-        for param, tensor in bridge.local_tensors()
-        if not param.is_buffer
+        name: parameter.main_grad.to("cpu", torch.float32)
+        for name, parameter in chunk.named_parameters()
     }
-    return losses.detach().float(), gradients
+    bench.free(prepared.step.chunks, prepared.step.optimizer)
+    bench.release()
+    return loss, gradients
 
 
 @pytest.mark.parametrize(
@@ -99,11 +90,12 @@ def _gradients(bridge: Bridge, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor
     ],
     ids=["blockwise", "tensorwise", "blockwise params", "blockwise with bf16 ends"],
 )
-def test_fp8_losses_and_gradients_are_near_those_in_bf16(groups, hf_dir, tokens, precision):
-    losses, gradients = _gradients(_bridge(hf_dir, groups, BF16), tokens)
-    ours, got = _gradients(_bridge(hf_dir, groups, precision), tokens)
-    assert not torch.equal(ours, losses), "nothing was computed in FP8"
-    assert abs(ours.mean() / losses.mean() - 1) < 1e-2
+def test_fp8_losses_and_gradients_are_near_those_in_bf16(groups, precision):
+    """On DeepSeek-V3's own widths and initial weights: small random models magnify rounding."""
+    loss, gradients = _first_gradients(groups, BF16)
+    ours, got = _first_gradients(groups, precision)
+    assert ours != loss, "nothing was computed in FP8"
+    assert ours == pytest.approx(loss, rel=5e-3)
     # A norm's weight has a gradient near zero, that says more of rounding than of the recipe.
     matrices = {name: g for name, g in gradients.items() if g.dim() > 1}
     errors = {

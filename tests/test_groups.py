@@ -19,6 +19,7 @@ from megatron_dsv3.model.groups import (
     Groups,
     SharedError,
     device_of,
+    from_rank_0,
     raise_together,
     start,
     stop,
@@ -225,3 +226,27 @@ def test_what_some_ranks_met_is_said_with_their_numbers_on_all(as_rank, monkeypa
 def test_no_problem_anywhere_raises_nothing(as_rank):
     as_rank(Parallel(), 0, 2)
     raise_together("")
+
+
+def test_what_rank_0_gives_and_what_it_fails_at_is_everyones(monkeypatch):
+    sent: list[object] = []
+
+    def broadcast(objects, src, group):
+        assert src == 0
+        if dist.get_rank() == 0:
+            sent[:] = objects
+        objects[:] = sent
+
+    def fail():
+        raise FileNotFoundError("no chats.jsonl")
+
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: timeout)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group=None: None)
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert from_rank_0(lambda rank=rank: f"from {rank}") == "from 0"
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        with pytest.raises(SharedError, match=r"^no chats.jsonl$"):
+            from_rank_0(fail)

@@ -136,7 +136,7 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("")
     missing = [line.split(": ")[1] for line in problems_of(path)]
-    assert missing == ["model.hf_dir", "data.paths", "train.global_batch_size", "output.dir"]
+    assert missing == ["model.hf_dir", "data", "train.global_batch_size", "output.dir"]
 
 
 VALUES = {
@@ -153,7 +153,6 @@ VALUES = {
     "schedule.decay=cosin": "schedule.decay: must be 'cosine', 'linear' or 'constant', got 'cosin'",
     "data.too_long=cut": "data.too_long: must be 'drop', 'truncate' or 'error', got 'cut'",
     "data.paths=a.jsonl": "data.paths: must be a list, as in [a, b], got 'a.jsonl'",
-    "data.paths=[]": "data.paths: holds nothing; give at least one file",
     "data.paths=[3]": "data.paths.0: must be a path, got 3",
     "output.dir=2020-01-01": "output.dir: must be a path, got datetime.date(2020, 1, 1)",
     "output.shard_size_gb=0": "output.shard_size_gb: must be greater than 0, got 0",
@@ -171,6 +170,23 @@ def test_a_wrong_value_is_named_with_what_was_expected_and_given(override, job_f
 
 
 PAIRS = {
+    ("data.paths=[]",): (
+        "data: give one of store (what `megatron-dsv3 prepare` wrote) and paths (chat files), "
+        "got neither"
+    ),
+    ("data.store=tokens",): (
+        "data: give one of store (what `megatron-dsv3 prepare` wrote) and paths (chat files), "
+        "got both"
+    ),
+    ("validation.store=tokens", "validation.paths=[b.jsonl]"): (
+        "validation: give one of store and paths, got both"
+    ),
+    ("data.document_multiple=2", "parallel.cp_size=4", "data.seq_length=64"): (
+        "data.document_multiple 2 is not divisible by 2 * cp_size(4); use 8"
+    ),
+    ("data.document_multiple=12", "data.seq_length=64"): (
+        "data.seq_length 64 is not divisible by data.document_multiple 12; use a power of two"
+    ),
     ("schedule.warmup_steps=10", "schedule.warmup_fraction=0.1"): (
         "schedule: give one of warmup_fraction and warmup_steps, got 0.1 and 10"
     ),

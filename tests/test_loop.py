@@ -39,7 +39,9 @@ class Step:
         if self.number == self.fails_at:
             raise self.error
         self.guard.num_skipped += self.skips is not None
-        counts = Counts(torch.tensor([30.0, 20.0]), documents=2, tokens=100 * self.number)
+        counts = Counts(
+            torch.tensor([30.0, 20.0]), documents=2, tokens=100 * self.number, squares=9
+        )
         losses = Losses(float(sum(micro_batches)), 0.5)
         return StepResult(losses, 2.0, counts, 1.25, self.skips)
 
@@ -81,7 +83,7 @@ def _run(step: Step | None = None, **changes: Any) -> Run:
         "optimizer": optimizer,
         "groups": SimpleNamespace(world_size=WORLD_SIZE, device=torch.device("cpu")),
         "num_steps": NUM_STEPS,
-        "flops_per_token": 8e9,
+        "flops": lambda counts: 8e9 * counts.tokens,
         "max_lr": 1.0,
         **changes,
     }

@@ -132,7 +132,7 @@ def test_a_piece_that_is_smaller_than_a_tensor_changes_nothing(
 def test_every_tensor_comes_back_bit_for_bit(direction, layout, hf_dir, tmp_path):
     directory = write_all(direction, tmp_path / "out")
     source = direction.source
-    back = MegatronSource(directory, layout.boxes)
+    back = MegatronSource(MegatronReader(directory), layout.boxes)
     assert list(back.infos()) == list(source.infos())
     for name, info in source.infos().items():
         assert back.infos()[name] == info
@@ -144,7 +144,7 @@ def test_every_tensor_comes_back_bit_for_bit(direction, layout, hf_dir, tmp_path
 def test_the_expert_bias_stays_fp32_beside_bf16_weights(reference, layout, tmp_path):
     hf_dir = reference.save(tmp_path / "bf16", dtype=torch.bfloat16)
     direction = _direction(hf_dir, layout)
-    back = MegatronSource(write_all(direction, tmp_path / "out"), layout.boxes)
+    back = MegatronSource(MegatronReader(write_all(direction, tmp_path / "out")), layout.boxes)
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert back.infos()[bias].dtype == torch.float32
     assert torch.equal(back.read(bias), reference.tensors()[bias])
@@ -172,7 +172,7 @@ def test_fp8_blocks_arrive_as_the_bf16_numbers_they_stand_for(reference, layout,
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     direction = _direction(plain, layout)
-    back = MegatronSource(write_all(direction, tmp_path / "out"), layout.boxes)
+    back = MegatronSource(MegatronReader(write_all(direction, tmp_path / "out")), layout.boxes)
     for name in table:
         assert torch.equal(back.read(name), expected[name]), name
 

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_dsv3.data import json_rows
-from megatron_dsv3.data.sources import read_rows
+from megatron_dsv3.data.rows import Fault, decode
+from megatron_dsv3.data.sources import Source
 
 property_test = settings(
     max_examples=150,
@@ -20,6 +21,15 @@ messages_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
+
+
+def read_rows(path):
+    """The rows of one file, in order; the first fault is an error."""
+    for item in Source(path).items():
+        for row in decode(item):
+            if isinstance(row, Fault):
+                raise ValueError(row.message)
+            yield row
 
 
 def write(tmp_path, text, name="chat.json"):

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,7 @@ from megatron_dsv3.config.sections import ExpertsSection, OptimizerSection, Spik
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
-from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.dataset import EMPTY_SAMPLE
+from megatron_dsv3.data.batch import Batch, make_batch, pack_batch
 from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, wrap
@@ -37,6 +37,7 @@ from megatron_dsv3.train.step import TrainStep, _weighted_sum, global_counts, lo
 LENGTH, NUM_MTP, MTP_WEIGHT, VOCABULARY = 16, 2, 0.3, 128
 MODEL = {"num_hidden_layers": 2, "num_mtp_layers": NUM_MTP}
 PAD = 0
+EMPTY_SAMPLE = Sample("", np.zeros(0, np.int32), np.zeros(0, np.bool_))
 
 
 def _sample(length: int, name: str, *, seed: int = 0, counted: float = 0.7) -> Sample:
@@ -183,7 +184,56 @@ def test_context_parallel_ranks_share_each_document_and_keep_token_and_target_to
         assert row.packed.num_documents == 3
 
 
+def _packed(*rows: list[Sample], multiple: int, length: int = 2 * LENGTH) -> Batch:
+    return pack_batch(rows, row_length=length, multiple=multiple, num_mtp=NUM_MTP, pad_id=PAD)
+
+
+def test_packed_documents_keep_their_bounds_across_rows(groups):
+    batch = _packed([_sample(3, "a"), _sample(5, "b")], [_sample(4, "c")], multiple=4, length=12)
+    packed = to_row(batch, groups).packed
+    assert packed.cu_seqlens_q.tolist() == [0, 4, 12, 16, 24]
+    assert packed.documents[0].tolist() == [
+        *(0, 0, 0, -1, 1, 1, 1, 1, 1, -1, -1, -1),
+        *(2, 2, 2, 2, -1, -1, -1, -1, -1, -1, -1, -1),
+    ]
+    assert packed.num_documents == 4
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == 8
+
+
+@pytest.mark.parametrize(("length", "bound"), [(1, 1), (4, 4), (5, 8), (9, 12), (12, 12)])
+def test_the_longest_document_is_bounded_by_one_of_few_numbers(groups, length, bound):
+    batch = _packed([_sample(length, "a")], multiple=1, length=12)
+    assert max(length, 12 - length) <= to_row(batch, groups).packed.max_seqlen_q
+    whole = _packed([_sample(length, str(i)) for i in range(12 // length)], multiple=1, length=12)
+    assert to_row(whole, groups).packed.max_seqlen_q == bound
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_parallel_ranks_share_each_packed_document(groups, size):
+    batch = _packed(SAMPLES[:3], [SAMPLES[3]], multiple=2 * size, length=48)
+    whole = to_row(batch, groups)
+    rows = [to_row(batch, _under_cp(groups, rank, size)) for rank in range(size)]
+    tokens = [row.tokens.tolist()[0] for row in rows]
+    assert sorted(t for part in tokens for t in part) == sorted(whole.tokens.tolist()[0])
+    for rank, row in enumerate(rows):
+        assert row.packed.cu_seqlens_q.tolist() == batch.bounds.tolist()
+        expected = []
+        for bound, next_bound in pairwise(batch.bounds.tolist()):
+            chunk = (next_bound - bound) // (2 * size)
+            for part in (rank, 2 * size - 1 - rank):
+                first = bound + part * chunk
+                expected += whole.labels[0, 0, first : first + chunk].tolist()
+        assert row.labels[0, 0].tolist() == expected
+
+
 # Counts and weights
+
+
+def test_counts_of_packed_rows_are_those_of_padded_ones(groups):
+    padded = global_counts([_batch(*SAMPLES)], groups)
+    packed = global_counts([_packed(SAMPLES[:2], SAMPLES[2:], [], multiple=2)], groups)
+    assert torch.equal(padded.counted, packed.counted)
+    assert replace(padded, counted=packed.counted) == packed
 
 
 def test_counts_by_hand(groups):
@@ -194,7 +244,7 @@ def test_counts_by_hand(groups):
     # five predicts tokens 1, 3, 4; from two tokens before 3, 4; from three tokens before 3, 4.
     assert counts.counted.tolist() == [3 + 1 + 3, 2 + 0 + 2, 2 + 0 + 2]
     assert counts.counted.dtype is torch.float64
-    assert (counts.documents, counts.tokens) == (3, 12)
+    assert (counts.documents, counts.tokens, counts.squares) == (3, 12, 25 + 4 + 25)
 
 
 def test_counts_are_summed_over_data_parallel_ranks(groups, monkeypatch):
@@ -211,6 +261,7 @@ def test_counts_are_summed_over_data_parallel_ranks(groups, monkeypatch):
     assert over == [groups.collection.dp]
     assert torch.equal(both.counted, 2 * alone.counted)
     assert (both.documents, both.tokens) == (2 * alone.documents, 2 * alone.tokens)
+    assert both.squares == 2 * alone.squares
 
 
 @pytest.mark.parametrize(

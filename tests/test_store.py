@@ -11,17 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from store_cases import RECIPE
 
-from megatron_dsv3.data.manifest import Recipe, Source, read_manifest
+from megatron_dsv3.data.manifest import read_manifest
 from megatron_dsv3.data.store import Store, StoreWriter, mask_of, spans_of
 
-RECIPE = Recipe(
-    tokenizer="t" * 64,
-    template="deepseek_r1",
-    template_fingerprint="f" * 64,
-    options={"history_reasoning": "strip"},
-    sources=(Source(path="a.jsonl", size=3, sha256="a" * 64),),
-)
 SAMPLES = [
     ("a.jsonl:1", [5, 6, 7, 8, 129279], [[1, 2], [3, 5]]),
     ("a.jsonl:2", [9], [[0, 1]]),

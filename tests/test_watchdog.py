@@ -1,5 +1,6 @@
 """The watchdog in a process of its own: what it writes, and when it lets go."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def _run(log_dir: Path, what: str) -> subprocess.CompletedProcess:
 
 def test_no_progress_ends_the_process_with_its_stack_written(tmp_path):
     done = _run(tmp_path, "hang")
-    assert done.returncode == 1
+    assert done.returncode == -signal.SIGALRM
     assert "done" not in done.stdout
     stack = (tmp_path / "stacks" / "rank_00003.txt").read_text()
     assert "Timeout" in stack
@@ -46,6 +47,12 @@ def test_progress_in_time_and_pauses_leave_nothing(tmp_path):
     done = _run(tmp_path, "pause")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     assert not (tmp_path / "stacks").exists()
+
+
+def test_a_second_hang_does_not_erase_the_first(tmp_path):
+    _run(tmp_path, "hang")
+    _run(tmp_path, "hang")
+    assert (tmp_path / "stacks" / "rank_00003.txt").read_text().count("Timeout") == 2
 
 
 def test_a_crash_leaves_its_stack_too(tmp_path):

@@ -105,9 +105,10 @@ def to_hf(
     assert origin is not None
     template = template or _own_template(origin)
     arch = Architecture.from_hf(template)
+    opened = _open(origin, arch, is_xtuner=xtuner is not None, kind=source)
     return ToHF.open(
-        _open(origin, arch, is_xtuner=xtuner is not None, kind=source),
-        arch,
+        opened,
+        opened.arch if isinstance(opened, XTunerSource) else arch,
         place=origin,
         precision=dtype or "bf16",
         shard_bytes=SHARD_BYTES if shard_size is None else parse_size(shard_size),

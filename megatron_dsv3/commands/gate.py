@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -42,7 +42,7 @@ PATIENCE = timedelta(days=1)
 def check_parity(
     step: TrainStep,
     bridge: Bridge,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     *,
     job: Job,
     hf_dir: Path,
@@ -137,7 +137,7 @@ def _num_micro_batches(job: Job) -> int:
     return parallel.pp_size if parallel.vpp_size > 1 else min(2, parallel.pp_size)
 
 
-def _choose(samples: Sequence[Sample], job: Job, *, dp_size: int, num_mtp: int) -> list[Sample]:
+def _choose(samples: Iterable[Sample], job: Job, *, dp_size: int, num_mtp: int) -> list[Sample]:
     """The documents of all data-parallel ranks; every rank has its own, as its experts may too."""
     number = dp_size * _num_micro_batches(job) * DOCUMENTS_PER_ROW
     longest = min(MAX_TOKENS, max(MIN_TOKENS, TOTAL_TOKENS // number))

@@ -17,7 +17,9 @@ from megatron_dsv3.data.dataset import Position
 from megatron_dsv3.model.groups import Groups, SharedError
 
 FREE = (
-    *("model.hf_dir", "data.paths", "parallel", "validation", "memory", "output", "log"),
+    *("model.hf_dir", "parallel", "validation", "memory", "output", "log"),
+    *("data.store", "data.paths", "data.cache_dir", "data.template", "data.document_multiple"),
+    *("data.history_reasoning", "data.on_bad_row"),
     *("checkpoint", "spikes", "train.micro_batch_size", "train.device", "train.hang_timeout_s"),
     *("optimizer.offload_fraction", "optimizer.overlap_grad_reduce"),
     *("optimizer.overlap_param_gather", "experts.dispatcher"),
@@ -35,8 +37,9 @@ class Identity:
     arch: Architecture
     tokenizer: str
     """Fingerprint."""
-    data: Mapping[str, int]
-    """Counts of what was read; other files of the same content may take their place."""
+    data: Mapping[str, int | str]
+    """Counts and hash of what is trained on; other files of the same content may take their
+    place."""
 
     def state(self) -> dict[str, Any]:
         """Plain values for the checkpoint."""

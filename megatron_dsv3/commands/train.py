@@ -1,12 +1,12 @@
 """`megatron-dsv3 train`: from a job to a fine-tuned Hugging Face directory."""
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -14,34 +14,29 @@ from rich.table import Table
 from torch import nn
 
 from megatron_dsv3.commands.assemble import Engine, build_engine, build_model, write_model
-from megatron_dsv3.commands.keeping import OnStep, keep
+from megatron_dsv3.commands.feed import Feed, data_problems, open_feed
+from megatron_dsv3.commands.keeping import keep
 from megatron_dsv3.commands.resume import Identity, Progress, find_checkpoint, resume
 from megatron_dsv3.config.architecture import Architecture
-from megatron_dsv3.config.counts import flops_per_token
+from megatron_dsv3.config.counts import document_flops
 from megatron_dsv3.config.devices import peak_bf16_tflops
 from megatron_dsv3.config.job import Job, to_yaml
 from megatron_dsv3.config.placement import mtp_stage, place, stage_costs
 from megatron_dsv3.convert.hf_io import HFReader, check_target
-from megatron_dsv3.data.batch import Batch, make_batch
-from megatron_dsv3.data.dataset import (
-    Samples,
-    global_batches,
-    load_samples,
-    rank_micro_batches,
-)
 from megatron_dsv3.data.fingerprints import tokenizer_fingerprint
-from megatron_dsv3.data.store import Sample
-from megatron_dsv3.data.templates import TEMPLATES
 from megatron_dsv3.data.tokens import load_tokenizer
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.groups import Groups, RankError, SharedError, device_of, start, stop
 from megatron_dsv3.serve.hf_check import check_hf
-from megatron_dsv3.train.loop import Run, StepBatch, train
+from megatron_dsv3.train.loop import Run, train
 from megatron_dsv3.train.metrics import FileSink, LineSink, Sink, StepRecord
 from megatron_dsv3.train.progress import ProgressSink
 from megatron_dsv3.train.sinks import TrackedRun, start_trackers, tracker_problems
-from megatron_dsv3.train.step import Losses, TrainStep
+from megatron_dsv3.train.step import Counts, Losses, TrainStep
 from megatron_dsv3.train.watchdog import watchdog
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -54,22 +49,7 @@ class Inputs:
     checkpoint: Architecture
     """Of the files."""
     reader: HFReader
-    samples: Samples
-    validation: Samples | None
-    pad_id: int
-    tokenizer: str
-    """Fingerprint."""
-
-    @property
-    def identity(self) -> Identity:
-        """By which a checkpoint of this training is known."""
-        report = self.samples.report
-        counts = {
-            "samples": report.samples,
-            "tokens": report.tokens,
-            "counted_tokens": report.counted_tokens,
-        }
-        return Identity(self.job, self.arch, self.tokenizer, counts)
+    tokenizer: "PreTrainedTokenizerFast"
 
     @property
     def arch(self) -> Architecture:
@@ -78,13 +58,16 @@ class Inputs:
             return replace(self.checkpoint, num_mtp_layers=0)
         return self.checkpoint
 
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps: all epochs, or as many as the job allows."""
-        job = self.job.train
-        all_epochs = len(self.samples.samples) * job.num_epochs
-        steps = math.ceil(all_epochs / job.global_batch_size)
-        return min(steps, job.num_steps or steps)
+    def open_feed(self, groups: Groups, console: Console) -> Feed:
+        """Collective. The job's data, prepared where they are not yet."""
+        num_mtp = self.arch.num_mtp_layers
+        tell = teller(console, groups)
+        return open_feed(self.job, self.tokenizer, groups, tell, num_mtp=num_mtp)
+
+    def identity(self, feed: Feed) -> Identity:
+        """By which a checkpoint of this training is known."""
+        fingerprint = tokenizer_fingerprint(self.tokenizer)
+        return Identity(self.job, self.arch, fingerprint, feed.identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,23 +135,16 @@ def read_inputs(job: Job, world_size: int, device: torch.device) -> Inputs:
     problems += tracker_problems(
         wandb_project=job.log.wandb_project, mlflow_experiment=job.log.mlflow_experiment
     )
+    try:
+        tokenizer = load_tokenizer(job.model.hf_dir)
+        problems += data_problems(job, tokenizer)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
     reader = HFReader(job.model.hf_dir)
     reader.check_against(arch)
-    tokenizer = load_tokenizer(job.model.hf_dir)
-    load = partial(
-        load_samples,
-        tokenizer=tokenizer,
-        template=TEMPLATES[job.data.template],
-        seq_length=job.data.seq_length,
-        too_long=job.data.too_long,
-        history_reasoning=job.data.history_reasoning,
-    )
-    validation = load(job.validation.paths) if job.validation.paths else None
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    return Inputs(job, arch, reader, load(job.data.paths), validation, pad_id, fingerprint)
+    return Inputs(job, arch, reader, tokenizer)
 
 
 def _train_and_write(
@@ -178,16 +154,18 @@ def _train_and_write(
     on_end: Sequence[Callable[[Trained], None]],
 ) -> None:
     job = inputs.job
-    tell = _teller(console, groups)
+    tell = teller(console, groups)
+    feed = inputs.open_feed(groups, console)
     bridge = build_model(job, inputs.arch, groups, checkpoint=inputs.checkpoint)
     found = find_checkpoint(job, groups, tell)
     if found.path is None:
         bridge.load(inputs.reader)
-    engine = build_engine(job, bridge, num_steps=inputs.num_steps)
+    engine = build_engine(job, bridge, num_steps=feed.num_steps)
     if job.train.verify_first and found.path is None:
-        _verify_first(inputs, engine, console)
-    done = resume(engine, found, inputs.identity, tell)
-    records = _train(inputs, engine, done, console)
+        _verify_first(feed, engine, console)
+    identity = inputs.identity(feed)
+    done = resume(engine, found, identity, tell)
+    records = _train(inputs, feed, identity, engine, done, console)
     for callback in on_end:
         callback(Trained(bridge.chunks, groups, records))
     experts = engine.step.experts
@@ -204,32 +182,54 @@ def _train_and_write(
             tell(f"serving: {finding}")
 
 
-def _verify_first(inputs: Inputs, engine: Engine, console: Console) -> None:
+def _verify_first(feed: Feed, engine: Engine, console: Console) -> None:
     # Imported here: the reference brings transformers' models, seconds for nothing otherwise.
     from megatron_dsv3.commands.gate import check_parity
 
-    job = inputs.job
+    job = feed.job
     check_parity(
         engine.step,
         engine.bridge,
-        inputs.samples.samples,
+        feed.train.store,
         job=job,
         hf_dir=job.model.hf_dir,
         console=console,
     )
 
 
-def _train(inputs: Inputs, engine: Engine, done: Progress, console: Console) -> list[StepRecord]:
+def _train(
+    inputs: Inputs,
+    feed: Feed,
+    identity: Identity,
+    engine: Engine,
+    done: Progress,
+    console: Console,
+) -> list[StepRecord]:
     job, groups = inputs.job, engine.bridge.groups
-    tell = _teller(console, groups)
+    tell = teller(console, groups)
     with ExitStack() as stack:
         dog = stack.enter_context(watchdog(job.log_dir, groups.rank, job.train.hang_timeout_s))
-        keeping = stack.enter_context(keep(engine, inputs.identity, dog, inputs.reader, tell))
-        loop = _loop(inputs, engine, console, first_step=done.step + 1, on_step=keeping)
-        return train(loop, _batches(inputs, groups, done))
+        keeping = stack.enter_context(keep(engine, identity, dog, inputs.reader, tell))
+        loop = Run(
+            step=engine.step,
+            schedule=engine.schedule,
+            optimizer=engine.optimizer,
+            groups=groups,
+            num_steps=feed.num_steps,
+            flops=partial(_flops, inputs.arch),
+            max_lr=job.optimizer.lr,
+            peak_tflops=_peak_tflops(groups.device),
+            validate=_validation(feed, engine.step, groups),
+            validate_every_steps=job.validation.every_steps,
+            expert_load_every_steps=job.log.expert_load_every_steps,
+            sinks=_sinks(inputs, feed, groups, console),
+            first_step=done.step + 1,
+            on_step=keeping,
+        )
+        return train(loop, feed.batches(groups, done))
 
 
-def _teller(console: Console, groups: Groups) -> Callable[[str], None]:
+def teller(console: Console, groups: Groups) -> Callable[[str], None]:
     """For what one line says to the user; rank 0 speaks."""
 
     def tell(line: str) -> None:
@@ -239,31 +239,8 @@ def _teller(console: Console, groups: Groups) -> Callable[[str], None]:
     return tell
 
 
-def _loop(
-    inputs: Inputs,
-    engine: Engine,
-    console: Console,
-    *,
-    first_step: int,
-    on_step: Sequence[OnStep],
-) -> Run:
-    job, groups = inputs.job, engine.bridge.groups
-    return Run(
-        step=engine.step,
-        schedule=engine.schedule,
-        optimizer=engine.optimizer,
-        groups=groups,
-        num_steps=inputs.num_steps,
-        flops_per_token=flops_per_token(inputs.arch, job.data.seq_length),
-        max_lr=job.optimizer.lr,
-        peak_tflops=_peak_tflops(groups.device),
-        validate=_validation(inputs, engine.step, groups),
-        validate_every_steps=job.validation.every_steps,
-        expert_load_every_steps=job.log.expert_load_every_steps,
-        sinks=_sinks(inputs, groups, console),
-        first_step=first_step,
-        on_step=on_step,
-    )
+def _flops(arch: Architecture, counts: Counts) -> float:
+    return document_flops(arch, num_tokens=counts.tokens, num_squares=counts.squares)
 
 
 def _peak_tflops(device: torch.device) -> float | None:
@@ -272,76 +249,28 @@ def _peak_tflops(device: torch.device) -> float | None:
     return peak_bf16_tflops(torch.cuda.get_device_name(device))
 
 
-def _batches(inputs: Inputs, groups: Groups, done: Progress) -> Iterator[StepBatch]:
-    """This data-parallel rank's part of every global batch that is left."""
-    job, samples = inputs.job, inputs.samples.samples
-    steps = global_batches(
-        samples,
-        global_batch_size=job.train.global_batch_size,
-        seed=job.train.seed,
-        num_epochs=job.train.num_epochs,
-        position=done.position,
-    )
-    for _, batch in zip(range(inputs.num_steps - done.step), steps, strict=False):
-        yield StepBatch(
-            micro_batches=_micro_batches(batch.samples, inputs, groups),
-            epoch=batch.after.epoch + batch.after.sample / len(samples),
-            after=batch.after,
-        )
-
-
-def _validation(inputs: Inputs, step: TrainStep, groups: Groups) -> Callable[[], Losses] | None:
+def _validation(feed: Feed, step: TrainStep, groups: Groups) -> Callable[[], Losses] | None:
     """The validation set as one global batch, made once."""
-    if inputs.validation is None:
-        return None
-    samples = inputs.validation.samples
-    size = inputs.job.train.micro_batch_size * groups.dp_size
-    [whole] = global_batches(
-        samples, global_batch_size=math.ceil(len(samples) / size) * size, seed=0, num_epochs=1
-    )
-    return partial(step.evaluate, _micro_batches(whole.samples, inputs, groups))
+    batches = feed.validation_batches(groups)
+    return partial(step.evaluate, batches) if batches else None
 
 
-def _micro_batches(samples: Sequence[Sample], inputs: Inputs, groups: Groups) -> list[Batch]:
-    mine = rank_micro_batches(
-        samples,
-        micro_batch_size=inputs.job.train.micro_batch_size,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-    )
-    return [_to_batch(micro, inputs) for micro in mine]
-
-
-def _to_batch(samples: Sequence[Sample], inputs: Inputs) -> Batch:
-    """Padded to the longest sample; pipeline stages exchange rows of one length for all."""
-    job = inputs.job
-    length = job.data.seq_length
-    if job.parallel.pp_size == 1:
-        longest = max(1, *(len(sample.tokens) for sample in samples))
-        length = math.ceil(longest / job.row_multiple) * job.row_multiple
-    return make_batch(
-        samples, seq_length=length, num_mtp=inputs.arch.num_mtp_layers, pad_id=inputs.pad_id
-    )
-
-
-def _sinks(inputs: Inputs, groups: Groups, console: Console) -> list[Sink]:
+def _sinks(inputs: Inputs, feed: Feed, groups: Groups, console: Console) -> list[Sink]:
     if groups.rank != 0:
         return []
-    job, report = inputs.job, inputs.samples.report
+    job, report = inputs.job, feed.train.report
     console.print(to_yaml(job), markup=False, highlight=False)
-    console.print(
-        f"{report.samples} samples of {report.rows} rows, {report.tokens:,} tokens, "
-        f"{report.counted_tokens:,} with loss; {report.too_long} too long and dropped, "
-        f"{report.truncated} truncated; {inputs.num_steps} steps on {groups.world_size} processes",
-        highlight=False,
+    lost = f"{report.too_long:,} too long and dropped"
+    if report.truncated or report.without_counted:
+        lost = f"{report.truncated:,} truncated, {report.without_counted:,} without a counted token"
+    teller(console, groups)(
+        f"{report.samples:,} samples, {lost}; {report.tokens:,} tokens, "
+        f"{report.counted_tokens:,} with loss; {report.rows:,} rows of {job.data.seq_length:,}, "
+        f"{report.fill:.2%} full; {feed.num_steps:,} steps on {groups.world_size} processes"
     )
     console.print(stage_table(inputs))
-    bar = ProgressSink(console, inputs.num_steps)
-
-    def write(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    lines = LineSink(write, every_steps=job.log.every_steps)
+    bar = ProgressSink(console, feed.num_steps)
+    lines = LineSink(teller(console, groups), every_steps=job.log.every_steps)
     files = FileSink(job.log_dir)  # makes the directory that the trackers write to, too
     trackers = start_trackers(
         TrackedRun(job.output.dir.name, job.model_dump(mode="json"), job.log_dir),

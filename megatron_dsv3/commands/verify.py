@@ -32,6 +32,7 @@ def run(hf_dir: Path, job: Job, console: Console) -> None:
             mtp_loss_weight=job.mtp.loss_weight,
             experts=job.experts,
         )
-        check_parity(step, bridge, inputs.samples.samples, job=job, hf_dir=hf_dir, console=console)
+        samples = inputs.open_feed(groups, console).train.store
+        check_parity(step, bridge, samples, job=job, hf_dir=hf_dir, console=console)
     if groups.rank == 0:
         console.print(f"{hf_dir}: the model is transformers'", highlight=False)

@@ -82,6 +82,20 @@ def flops_per_token(
     return layers + depth * unit.mtp_layer + (1 + depth) * unit.head
 
 
+def document_flops(arch: Architecture, *, num_tokens: int, num_squares: int) -> int:
+    """Model FLOPs of forward and backward for whole documents of any lengths.
+
+    `flops_per_token` grows linearly with the length, so two sums say all of the lengths.
+
+    Args:
+        arch: The model.
+        num_tokens: Of all documents.
+        num_squares: Squares of the documents' tokens, summed.
+    """
+    alone = flops_per_token(arch, 0)
+    return num_tokens * alone + num_squares * (flops_per_token(arch, 1) - alone)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitFlops:
     """`flops_per_token` by the units that pipeline stages are made of."""

@@ -74,9 +74,37 @@ class Job(Section):
                 f"tp_size({parallel.tp_size}), cp_size({parallel.cp_size}) and "
                 f"fp8({self.precision.fp8}) ask; use {rounded}"
             )
+        problems += self._document_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _document_problems(self) -> list[str]:
+        multiple, cp_size = self.document_multiple, self.parallel.cp_size
+        if cp_size > 1 and multiple % (2 * cp_size):
+            return [
+                f"data.document_multiple {multiple} is not divisible by 2 * cp_size({cp_size}); "
+                f"use {math.lcm(multiple, 2 * cp_size)}"
+            ]
+        # Its default divides seq_length wherever cp_size does.
+        given = self.data.packed and self.data.document_multiple
+        if given and self.data.seq_length % multiple:
+            return [
+                f"data.seq_length {self.data.seq_length} is not divisible by "
+                f"data.document_multiple {multiple}; use a power of two for both"
+            ]
+        return []
+
+    @property
+    def document_multiple(self) -> int:
+        """What a packed document's part of a row is a multiple of, so that CP can cut it."""
+        cp_size = self.parallel.cp_size
+        return self.data.document_multiple or (2 * cp_size if cp_size > 1 else 1)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where stores of chat files are kept."""
+        return self.data.cache_dir or self.log_dir / "data"
 
     @property
     def log_dir(self) -> Path:

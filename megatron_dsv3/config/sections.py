@@ -16,15 +16,12 @@ def _expand_home(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def _not_empty(paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    if not paths:
-        raise ValueError("holds nothing; give at least one file")
-    return paths
-
-
 # Not strict: a path is text in YAML, and a tuple a list.
 UserPath = Annotated[Path, Field(strict=False), AfterValidator(_expand_home)]
-UserPaths = Annotated[tuple[UserPath, ...], Field(strict=False), AfterValidator(_not_empty)]
+UserPaths = Annotated[tuple[UserPath, ...], Field(strict=False)]
+TemplateName = Literal[
+    "deepseek_v3", "deepseek_v3_0324", "deepseek_r1", "deepseek_v3_1", "tokenizer"
+]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -50,17 +47,44 @@ class ModelSection(Section):
 class DataSection(Section):
     """What to learn from."""
 
-    paths: UserPaths
-    """Chat files, JSON or JSONL, with `messages` in each row."""
-    template: Literal["deepseek_v3", "deepseek_r1", "deepseek_v3_1"] = "deepseek_v3"
-    """How messages become tokens; take the one that the model was trained with."""
+    store: UserPath | None = None
+    """Directory that `megatron-dsv3 prepare` wrote; or give `paths`."""
+    paths: UserPaths = ()
+    """Chat files, directories of them or patterns, as `megatron-dsv3 prepare` takes them; they are
+    prepared into `cache_dir` when training starts."""
+    cache_dir: UserPath | None = None
+    """Where stores of `paths` are kept, for the next run too; all nodes must see it. null:
+    <log.dir>/data."""
+    template: TemplateName | None = None
+    """How messages become tokens; take the one that the model was trained with. tokenizer: the chat
+    template in the model's own tokenizer. null: that of the store; for `paths`, deepseek_v3."""
     seq_length: Count = 32768
     """Tokens of a row. Memory for activations grows with it."""
+    packed: bool = True
+    """Conversations share a row, none is split, and none sees another. false: one a row, and the
+    rest is padding."""
+    document_multiple: Count | None = None
+    """In a packed row each conversation takes up a multiple of this. null: 2 * cp_size, or 1
+    without context parallelism. Give a larger one to be able to go on later with a larger
+    cp_size."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """What becomes of a conversation of more than `seq_length` tokens; both of the first two are
     counted and reported."""
-    history_reasoning: Literal["strip", "keep"] = "strip"
-    """Whether reasoning of earlier turns stays in the context; inference strips it."""
+    history_reasoning: Literal["strip", "keep", "expand"] = "strip"
+    """Whether reasoning of earlier turns of `paths` stays in the context; inference strips it.
+    expand: every turn becomes a sample of its own, with what it will see when served."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What becomes of a row of `paths` that cannot be read; skipped ones are counted."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.store is None) == (not self.paths):
+            given = "neither" if self.store is None else "both"
+            raise ValueError(
+                f"give one of store (what `megatron-dsv3 prepare` wrote) and paths (chat files), "
+                f"got {given}"
+            )
+        return self
 
 
 class OptimizerSection(Section):
@@ -84,7 +108,8 @@ class OptimizerSection(Section):
     data-parallel ranks) and rounds them to 8 bits; needs a GPU."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """Of the sum over micro-batches and ranks. bf16 halves 4 bytes a parameter of every rank and
-    loses what is 256 times smaller than the sum."""
+    loses what is 256 times smaller than the sum; with fp32 moments the optimizer copies its share
+    of them to fp32 first, so on few data-parallel ranks it saves nothing."""
     offload_fraction: Fraction = 0.0
     """Share of masters and moments that live, and are updated, in host memory: 12 bytes a parameter
     off the GPU for about 10 times the time of the update; needs a GPU. Changes numbers by rounding
@@ -142,17 +167,18 @@ class TrainSection(Section):
     """How much, how long, on what."""
 
     global_batch_size: Count
-    """Samples per optimizer step, over all processes."""
+    """Rows per optimizer step, over all processes; a row holds as many conversations as fit it, or
+    one where data.packed is false."""
     micro_batch_size: Count = 1
-    """Samples per forward and backward of one data-parallel rank. More fill the GPU better and
-    take memory for activations in proportion."""
+    """Rows per forward and backward of one data-parallel rank. More fill the GPU better and take
+    memory for activations in proportion."""
     num_epochs: Count = 1
     """Passes over the data; training ends after them."""
     num_steps: Count | None = None
     """Optimizer steps after which training ends, where the epochs are not over before; null: no
     limit."""
     seed: Annotated[int, Field(ge=0)] = 1234
-    """For the order of samples, and for whatever else is random."""
+    """For the packing and the order of rows, and for whatever else is random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: on GPUs where there are any."""
     verify_first: bool = False
@@ -167,10 +193,18 @@ class TrainSection(Section):
 class ValidationSection(Section):
     """Loss on conversations that are not trained on."""
 
-    paths: Annotated[tuple[UserPath, ...], Field(strict=False)] = ()
-    """Chat files, as in data.paths; none: no validation."""
+    store: UserPath | None = None
+    """As data.store."""
+    paths: UserPaths = ()
+    """As data.paths, and made into samples and rows as data says; neither: no validation."""
     every_steps: Count = 100
     """Optimizer steps between two validations; there is one after the last step too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.store is not None and self.paths:
+            raise ValueError("give one of store and paths, got both")
+        return self
 
 
 class SpikesSection(Section):

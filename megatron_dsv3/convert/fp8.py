@@ -5,6 +5,7 @@ are stored beside it under its name + `_scale_inv`. Both directions walk a matri
 in the processor's cache: operation after operation on the whole of it takes several times as long.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,6 +78,32 @@ def quantize(
     Returns:
         float8_e4m3fn [rows, cols] and float32 [ceil(rows / 128), ceil(cols / 128)].
     """
+    result = _quantize(weight, name=name, out=out, measure=False)
+    return result.weight, result.scale_inv
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A matrix in FP8, and what that cost."""
+
+    weight: Tensor
+    scale_inv: Tensor
+    squares: float
+    """Sum of the squared differences between numbers times scales, in fp32, and the matrix."""
+    norm: float
+    """Sum of that matrix's squares."""
+    num_kept: int = 0
+    """Blocks that have the bytes of an original."""
+
+
+def quantize_measured(
+    weight: Tensor, *, name: str = "weight", out: Tensor | None = None
+) -> Quantized:
+    """As `quantize`, with the error, summed while the numbers are in the processor's cache."""
+    return _quantize(weight, name=name, out=out, measure=True)
+
+
+def _quantize(weight: Tensor, *, name: str, out: Tensor | None, measure: bool) -> Quantized:
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"{name}: expected a floating-point matrix, got {_describe(weight)}")
     weight = weight.detach()
@@ -86,8 +113,11 @@ def quantize(
     integer = _INTEGERS[weight.dtype.itemsize]
     bits, without_sign = weight.view(integer), torch.iinfo(integer).max
     scratch, magnitudes = _scratch(weight, torch.float32), _scratch(weight, integer)
+    decoded = _scratch(weight, torch.int32) if measure else None
+    squares = norm = 0.0
     for rows, cols in _tiles(weight, (0, 0)):
         values = _fit(scratch, weight[rows, cols]).copy_(weight[rows, cols])
+        norm += _sum_of_squares(values) if measure else 0.0
         # Without their signs, floating-point numbers are in the order of their bits, Inf and NaN
         # last; the largest of bf16's 16 bits is found in a quarter of fp32's time.
         magnitude = torch.bitwise_and(bits[rows, cols], without_sign, out=_fit(magnitudes, values))
@@ -97,18 +127,13 @@ def quantize(
             scale_inv[block_row, blocks] = _scales(largest[block_row, blocks])
             values[part].div_(_per_column(scale_inv[block_row], cols, 0))
         out[rows, cols] = values
+        if decoded is not None:
+            values.sub_(_decode(out.view(torch.int8)[rows, cols], decoded))
+            for block_row, part in _block_rows(rows, 0):
+                values[part].mul_(_per_column(scale_inv[block_row], cols, 0))
+            squares += _sum_of_squares(values)
     _refuse_endless(largest, name)
-    return out, scale_inv
-
-
-@dataclass(frozen=True, slots=True)
-class Requantized:
-    """A matrix in FP8, blocks of the original among it."""
-
-    weight: Tensor
-    scale_inv: Tensor
-    num_kept: int
-    """Blocks that have the original's bytes."""
+    return Quantized(out, scale_inv, squares, norm)
 
 
 def requantize(
@@ -117,7 +142,7 @@ def requantize(
     *,
     name: str = "weight",
     out: Tensor | None = None,
-) -> Requantized:
+) -> Quantized:
     """Quantises, but a block that is exactly what the original stands for keeps its bytes.
 
     DeepSeek's scales are not what `quantize` would choose for the numbers that they give: without
@@ -134,15 +159,33 @@ def requantize(
     integer = _INTEGERS[weight.dtype.itemsize]
     bits, bits_before = weight.view(integer), before.view(integer)
     if torch.equal(bits, bits_before):
-        magnitude = bits_before.bitwise_and_(torch.iinfo(integer).max).amax()
-        if magnitude.view(weight.dtype).isfinite():
-            return Requantized(fp8, scale_inv, scale_inv.numel())
-    out, scales = quantize(weight, name=name, out=out)
+        norm = _sum_of_squares(weight.float())
+        if math.isfinite(norm):
+            return Quantized(fp8, scale_inv, 0.0, norm, scale_inv.numel())
+    result = quantize_measured(weight, name=name, out=out)
     kept = _equal_blocks(bits, bits_before)
+    if not kept.any():
+        return result
+    out = result.weight
     for row, col in kept.nonzero().tolist():
         rows, cols = [slice(BLOCK * i, BLOCK * i + BLOCK) for i in (row, col)]
         out[rows, cols] = fp8[rows, cols]
-    return Requantized(out, torch.where(kept, scale_inv, scales), int(kept.sum()))
+    scales = torch.where(kept, scale_inv, result.scale_inv)
+    back = dequantize(out, scales, dtype=torch.float32)
+    # A kept block is exact once it is rounded as its reader will round it.
+    error = back.sub_(weight).mul_(_whole(~kept, weight.shape))
+    return Quantized(out, scales, _sum_of_squares(error), result.norm, int(kept.sum()))
+
+
+def _whole(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Gives every element the value of its block."""
+    rows, cols = shape
+    return blocks.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    flat = values.flatten()
+    return float(flat.dot(flat))
 
 
 def _equal_blocks(a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -30,6 +31,8 @@ BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON = "common_state/shard_0_1"
 """Where Megatron-Core 0.19 keeps what is not sharded; before, it was in `common.pt`."""
 DCP_VERSION = "1.0.0"
+_NUM_CACHED = 256
+"""Chunks whose archives need not be opened again: tensors are read piece by piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,11 @@ class _Numbers:
 
 
 class MegatronReader:
-    """The tensors of a checkpoint directory under their sharded keys. Safe to use after a fork."""
+    """The tensors of a checkpoint directory under their sharded keys.
+
+    It can be sent to another process, which then need not read the index: that of a training run of
+    the 671B takes 600 MB to read.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Reads and checks the index; no tensor is touched.
@@ -76,7 +83,27 @@ class MegatronReader:
                 f"and save it with the torch that wrote it"
             )
         self._tensors, self.objects = _contents(directory, index)
-        self._numbers = lru_cache(4096)(_numbers)
+        self._numbers = lru_cache(_NUM_CACHED)(_numbers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_numbers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._numbers = lru_cache(_NUM_CACHED)(_numbers)
+
+    def only(self, keys: Iterable[str]) -> "MegatronReader":
+        """A reader that knows these tensors and nothing else."""
+        narrow = copy(self)
+        narrow._tensors = {key: self._tensors[key] for key in keys}
+        narrow.objects = {}
+        return narrow
+
+    def info(self, key: str) -> TensorInfo:
+        """A tensor's type and whole shape."""
+        if key not in self._tensors:
+            raise ValueError(f"{self.directory}: has no tensor {key}")
+        return self._tensors[key][0]
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor's type and whole shape."""
@@ -103,9 +130,7 @@ class MegatronReader:
             cut: One slice with start and stop for each dim; None: everything.
             out: Where to write, instead of a new tensor.
         """
-        if key not in self._tensors:
-            raise ValueError(f"{self.directory}: has no tensor {key}")
-        info, chunks = self._tensors[key]
+        info, chunks = self.info(key), self._tensors[key][1]
         box = list(cut) if cut is not None else [slice(0, size) for size in info.shape]
         shape = tuple([part.stop - part.start for part in box])
         out = torch.empty(shape, dtype=info.dtype) if out is None else out

@@ -7,10 +7,10 @@ be held in memory; `.metadata`, written last, says where all of them are.
 
 import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Buffer, Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +38,7 @@ from megatron_dsv3.convert.memory import PIECE_BYTES
 from megatron_dsv3.convert.offline import Unit
 from megatron_dsv3.convert.safetensors_file import TensorInfo, explained
 from megatron_dsv3.convert.sources import HFSource, fingerprint
+from megatron_dsv3.convert.write_behind import WriteBehind
 
 FILE_BYTES = 2_000_000_000
 _ALIGNMENT = 64
@@ -180,15 +181,15 @@ class ToMegatron:
         places = []
         # Reused for all chunks: page faults in new memory cost more than copying into old.
         memory = bytearray(max(chunk.info.nbytes for chunk in self.plan.files[unit]))
-        with explained(path), path.open("wb") as file:
+        with explained(path), path.open("wb") as file, closing(WriteBehind(file)) as behind:
             for chunk in self.plan.files[unit]:
                 tensor = self._read(chunk, memory)
                 offset = _align(file)
                 _save(tensor.view(chunk.sizes), file)
                 places.append([offset, file.tell() - offset])
+                behind.wrote(chunk.info.nbytes)
                 on_bytes(chunk.info.nbytes + _ARCHIVE_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
+            behind.finish()
         return {"places": places}
 
     def _read(self, chunk: PlannedChunk, memory: bytearray) -> Tensor:
@@ -225,11 +226,14 @@ class _Witness:
             self.error = error
             raise
 
+    def flush(self) -> None:
+        """The file's owner does that."""
+
 
 def _save(tensor: Tensor, file: BinaryIO) -> None:
     witness = _Witness(file)
     try:
-        torch.save(tensor, witness)  # type: ignore[arg-type]  # it needs nothing but write
+        torch.save(tensor, witness)  # type: ignore[arg-type]  # it needs nothing more
     except Exception:
         if witness.error is not None:
             raise witness.error from None

@@ -6,18 +6,23 @@ that two processes share is counted twice. Pages of mapped files and of the page
 counted.
 """
 
+import ctypes
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 _COUNTED = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
-_PROCESS_BYTES = 480_000_000
+_PARENT_BYTES = 960_000_000
+"""Python, torch, and the index of a training run of the 671B, while it is read."""
+_WORKER_BYTES = 480_000_000
 """Python, torch, and what a worker knows about 46,183 tensors and where they are."""
 _COPIES = 4
 """Pieces that a worker holds at once: read, computed, and two in the buffers of both."""
 PIECE_BYTES = 32_000_000
 """Largest part of a tensor that a worker holds. An expert's matrix fits; larger gains nothing."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h: free bytes at the heap's end, and size of a block, that go back to the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Budget:
     def needed_bytes(self) -> int:
         """What all processes together take at most, whatever the size of the model."""
         pieces = _COPIES * PIECE_BYTES * self.num_workers
-        return _PROCESS_BYTES * (self.num_workers + 1) + pieces
+        return _PARENT_BYTES + _WORKER_BYTES * self.num_workers + pieces
 
     @property
     def piece_bytes(self) -> int:
@@ -60,3 +65,15 @@ def resident_bytes(pids: Iterable[int]) -> int:
             continue
         total += sum(1024 * int(kilobytes) for kilobytes in _COUNTED.findall(status))
     return total
+
+
+def keep_freed_memory() -> None:
+    """Makes this process reuse what it frees instead of giving it back to the system at once.
+
+    Each piece of a tensor would otherwise live in new pages, and their page faults take longer than
+    converting the numbers in them. A C library without this setting is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2 * PIECE_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _COPIES * PIECE_BYTES)

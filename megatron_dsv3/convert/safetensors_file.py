@@ -4,9 +4,8 @@ The library's own `save_file` wants all tensors of a file in memory; `Safetensor
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dsv3.convert.mapping import Shape
+from megatron_dsv3.convert.write_behind import WriteBehind
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
@@ -104,6 +104,7 @@ class SafetensorsWriter:
         header, self._starts = _header(layout)
         with explained(self.path):
             self._file = path.open("wb")
+            self._behind = WriteBehind(self._file)
             self._file.write(header)
             self._file.truncate(len(header) + sum(info.nbytes for info in layout.values()))
 
@@ -128,6 +129,7 @@ class SafetensorsWriter:
         with explained(self.path):
             self._file.seek(self._starts[name] + info.nbytes - missing)
             self._file.write(octets.numpy().data)
+            self._behind.wrote(rows.nbytes)
         self._missing[name] -= rows.nbytes
 
     def _check_known(self, name: str) -> None:
@@ -144,10 +146,9 @@ class SafetensorsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with explained(self.path), self._file:
+        with explained(self.path), self._file, closing(self._behind):
             if error is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self._behind.finish()
         if error is None and (rest := sorted(n for n, left in self._missing.items() if left)):
             raise ValueError(f"{self.path}: never written: {', '.join(rest)}")
 

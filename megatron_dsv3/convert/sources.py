@@ -36,19 +36,16 @@ class Source(Protocol):
         """A tensor, or `rows` (start and stop) of its first dim; not to be changed."""
 
 
-class _Reopened:
-    """Sends itself to another process without its open files."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "reader"}
-
-
 @dataclass(frozen=True)
-class HFSource(_Reopened):
+class HFSource:
     """A Hugging Face directory; FP8 comes as bf16."""
 
     directory: Path
     arch: Architecture
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process opens the files itself.
+        return {name: value for name, value in self.__dict__.items() if name != "reader"}
 
     @cached_property
     def reader(self) -> HFReader:
@@ -71,10 +68,10 @@ class HFSource(_Reopened):
 
 
 @dataclass(frozen=True)
-class MegatronSource(_Reopened):
+class MegatronSource:
     """A `torch_dist` checkpoint, weights-only or of a whole training run."""
 
-    directory: Path
+    reader: MegatronReader
     boxes: Mapping[str, Box]
     """Keys are those of the file: under `source="master"` the optimizer's."""
     frozen: tuple[str, ...] = ()
@@ -97,42 +94,35 @@ class MegatronSource(_Reopened):
         reader = MegatronReader(directory)
         infos = reader.infos()
         boxes = _matching(directory, layouts(arch), infos)
-        if source == "weights":
-            return cls(directory, boxes)
-        masters = _masters(directory, infos)
         # A buffer has no master, a parameter that was not trained has none either.
-        return cls(
-            directory,
-            {name: replace(box, key=masters.get(box.key, box.key)) for name, box in boxes.items()},
-            tuple([name for name, box in boxes.items() if box.key not in masters]),
-        )
-
-    @cached_property
-    def reader(self) -> MegatronReader:
-        """The open checkpoint."""
-        return MegatronReader(self.directory)
+        masters = _masters(directory, infos) if source == "master" else {}
+        frozen = [name for name, box in boxes.items() if masters and box.key not in masters]
+        chosen = {
+            name: replace(box, key=masters.get(box.key, box.key)) for name, box in boxes.items()
+        }
+        keys = dict.fromkeys(box.key for box in chosen.values())
+        return cls(reader.only(keys), chosen, tuple(frozen))
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """HF name -> type and shape of what `read` gives, in the order of the model."""
-        stored = self.reader.infos()
         return {
-            name: TensorInfo(stored[box.key].dtype, box.hf_shape)
+            name: TensorInfo(self.reader.info(box.key).dtype, box.hf_shape)
             for name, box in self.boxes.items()
         }
 
     def read(self, name: str, rows: slice | None = None, *, out: Tensor | None = None) -> Tensor:
         """A tensor or rows of it, in new memory or in `out`."""
         if name not in self.boxes:
-            raise ValueError(f"{self.directory}: has no tensor {name}")
+            raise ValueError(f"{self.reader.directory}: has no tensor {name}")
         box = self.boxes[name]
-        info = self.reader.infos()[box.key]
         lead = box.num_leading
         cut = [slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True)]
         if rows is not None:
             first = box.offsets[lead]
             cut[lead] = slice(first + rows.start, first + rows.stop)
         shape = [part.stop - part.start for part in cut]
-        target = torch.empty(shape, dtype=info.dtype) if out is None else out.view(shape)
+        dtype = self.reader.info(box.key).dtype
+        target = torch.empty(shape, dtype=dtype) if out is None else out.view(shape)
         return self.reader.read(box.key, cut, out=target).view(shape[lead:])
 
 
@@ -184,13 +174,10 @@ def _masters(directory: Path, infos: Mapping[str, TensorInfo]) -> dict[str, str]
     raise ValueError(f"{directory}: holds weights without masters; convert the weights")
 
 
-def fingerprint(directory: Path) -> str:
-    """Tells a checkpoint from any other, and from itself once it was written anew."""
-    files = sorted(
-        file
-        for kind in ("*.safetensors*", "*.distcp", ".metadata")
-        for file in directory.glob(kind)
-    )
+def fingerprint(place: Path) -> str:
+    """Tells a checkpoint, directory or file, from any other, and from itself written anew."""
+    kinds = ("*.safetensors*", "*.distcp", ".metadata")
+    files = [place] if place.is_file() else sorted(f for kind in kinds for f in place.glob(kind))
     # Two fine-tuned copies of a model have the same names and sizes: only times tell them apart.
     marks = [(f.name, (stat := f.stat()).st_size, int(stat.st_mtime)) for f in files]
     return xxhash.xxh3_128_hexdigest(json.dumps(marks))

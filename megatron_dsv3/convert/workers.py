@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
+from megatron_dsv3.convert.memory import keep_freed_memory
+
 TICK_S = 0.2
 
 
@@ -102,6 +104,7 @@ def _serve(work: Work, connection: Connection, counter: Any) -> None:
     """Runs inside of a worker until the parent hangs up."""
     # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def count(number: int) -> None:

@@ -4,7 +4,7 @@ What it costs in accuracy is measured on the way, while the numbers are in the p
 """
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,9 +14,7 @@ from megatron_dsv3.convert.error_report import Error, TensorError
 from megatron_dsv3.convert.fp8 import (
     BLOCK,
     SCALE_SUFFIX,
-    Requantized,
-    dequantize,
-    quantize,
+    quantize_measured,
     requantize,
 )
 from megatron_dsv3.convert.hf_index import listed
@@ -125,16 +123,13 @@ def _write_rows(tensor: PlannedTensor, rows: slice, read: Tensor, target: _Targe
         is_exact = torch.promote_types(read.dtype, kept.dtype) == kept.dtype
         return Error() if is_exact else _error(read, kept.float())
     if target.original is None:
-        result = Requantized(*quantize(read, name=tensor.name), num_kept=0)
+        result = quantize_measured(read, name=tensor.name)
     else:
         kept_from = target.original.read_fp8(tensor.name, rows)
         result = requantize(read, kept_from, name=tensor.name)
     target.append(tensor.name, result.weight)
     target.append(tensor.name + SCALE_SUFFIX, result.scale_inv)
-    # What a reader of the checkpoint will have: rounded to bf16, not the product in fp32.
-    back = dequantize(result.weight, result.scale_inv).float()
-    counts = {"num_blocks": result.scale_inv.numel(), "num_kept": result.num_kept}
-    return replace(_error(read, back), **counts)
+    return Error(result.squares, result.norm, result.scale_inv.numel(), result.num_kept)
 
 
 def _error(read: Tensor, back: Tensor) -> Error:

@@ -1,4 +1,4 @@
-"""Samples to the tensors of one micro-batch.
+"""Documents to the tensors of one micro-batch.
 
 Labels are shifted here, inside each document, before anything is sliced for parallelism: no rank
 ever has to fetch a target from its neighbour, and no document predicts the next one's first token.
@@ -18,7 +18,10 @@ from megatron_dsv3.data.store import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of b padded rows; depth 0 is the main model's target, depth k MTP's k-th."""
+    """One micro-batch of b rows; depth 0 is the main model's target, depth k MTP's k-th.
+
+    A document's padding is its tail; what no document takes up of a row is a document of padding.
+    """
 
     tokens: torch.Tensor
     """[b, s], int64."""
@@ -29,9 +32,23 @@ class Batch:
     `loss_mask` is 0."""
     loss_mask: torch.Tensor
     """[1 + num_mtp, b, s], float32: 1 where that token exists and counts."""
-    padding: torch.Tensor
-    """[b, s], bool: True where there is no token."""
+    documents: torch.Tensor
+    """[b, s], int64: number of the token's document in this batch; -1 where there is no token."""
+    bounds: torch.Tensor
+    """[documents + 1], int32: where each document begins in the rows laid end to end, and where the
+    last one ends; padding included."""
     sample_ids: tuple[str, ...]
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """[b, s], bool: True where there is no token."""
+        return self.documents < 0
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[documents], int64: tokens of each, padding not counted."""
+        numbers = self.documents[self.documents >= 0]
+        return torch.bincount(numbers, minlength=len(self.bounds) - 1)
 
 
 @dataclass(frozen=True)
@@ -44,27 +61,68 @@ class Targets:
 
 def make_batch(samples: Sequence[Sample], *, seq_length: int, num_mtp: int, pad_id: int) -> Batch:
     """One sample a row, padded on the right to `seq_length`."""
-    depths, shape = 1 + num_mtp, (len(samples), seq_length)
+    rows = [(sample,) for sample in samples]
+    return pack_batch(
+        rows, row_length=seq_length, multiple=seq_length, num_mtp=num_mtp, pad_id=pad_id
+    )
+
+
+def pack_batch(
+    rows: Sequence[Sequence[Sample]], *, row_length: int, multiple: int, num_mtp: int, pad_id: int
+) -> Batch:
+    """The documents of each row one after another.
+
+    Args:
+        rows: Documents by row; a row may have none.
+        row_length: Tokens of a row, a multiple of `multiple`.
+        multiple: Each document is padded to a multiple of it.
+        num_mtp: Further tokens to predict.
+        pad_id: Token of padding.
+
+    Raises:
+        ValueError: The documents of a row don't fit it.
+    """
+    shape, depths = (len(rows), row_length), 1 + num_mtp
     tokens = np.full(shape, pad_id, np.int64)
     labels = np.zeros((depths, *shape), np.int64)
     loss_mask = np.zeros((depths, *shape), np.float32)
-    padding = np.ones(shape, np.bool_)
-    for row, sample in enumerate(samples):
-        n = len(sample.tokens)
-        if n > seq_length:
-            raise ValueError(f"{sample.id}: {n} tokens don't fit a sequence of {seq_length}")
-        targets = shift_targets(sample, depths)
-        tokens[row, :n] = sample.tokens
-        labels[:, row, :n] = targets.labels
-        loss_mask[:, row, :n] = targets.loss_mask
-        padding[row, :n] = False
+    documents = np.full(shape, -1, np.int64)
+    bounds = [0]
+    for row, samples in enumerate(rows):
+        start = 0
+        for sample in samples:
+            n = len(sample.tokens)
+            here = slice(start, start + n)
+            start += -(-n // multiple) * multiple
+            if start > row_length:
+                raise ValueError(_does_not_fit(sample, samples, row_length))
+            if not n:
+                continue
+            targets = shift_targets(sample, depths)
+            tokens[row, here] = sample.tokens
+            labels[:, row, here] = targets.labels
+            loss_mask[:, row, here] = targets.loss_mask
+            documents[row, here] = len(bounds) - 1
+            bounds.append(row * row_length + start)
+        if start < row_length:
+            bounds.append((row + 1) * row_length)
+    starts, lengths = np.array(bounds[:-1]), np.diff(bounds)
+    positions = np.arange(tokens.size) - starts.repeat(lengths)
     return Batch(
         tokens=torch.from_numpy(tokens),
-        position_ids=torch.arange(seq_length).repeat(len(samples), 1),
+        position_ids=torch.from_numpy(positions.reshape(shape)),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(loss_mask),
-        padding=torch.from_numpy(padding),
-        sample_ids=tuple(sample.id for sample in samples),
+        documents=torch.from_numpy(documents),
+        bounds=torch.tensor(bounds, dtype=torch.int32),
+        sample_ids=tuple(sample.id for samples in rows for sample in samples),
+    )
+
+
+def _does_not_fit(sample: Sample, samples: Sequence[Sample], row_length: int) -> str:
+    together = f", with the {len(samples) - 1} others of its row," if len(samples) > 1 else ""
+    return (
+        f"{sample.id}: {len(sample.tokens)} tokens{together} don't fit a sequence of {row_length}"
     )
 
 

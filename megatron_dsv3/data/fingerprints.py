@@ -12,6 +12,7 @@ from dataclasses import asdict
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from megatron_dsv3.data.own_template import OwnTemplate
 from megatron_dsv3.data.templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return _hash([content, tokenizer.bos_token, tokenizer.eos_token])
 
 
-def template_fingerprint(template: ChatTemplate | str) -> str:
+def template_fingerprint(template: ChatTemplate | OwnTemplate) -> str:
     """SHA-256 of a built-in template's pieces, or of the text of a tokenizer's own."""
-    return _hash(template if isinstance(template, str) else asdict(template))
+    return _hash(template.text if isinstance(template, OwnTemplate) else asdict(template))
 
 
 def _hash(content: Any) -> str:

@@ -9,6 +9,7 @@ store with any number of workers. The store appears under its name only when it 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dsv3.data.fingerprints import template_fingerprint, tokenizer_fingerprint
-from megatron_dsv3.data.manifest import Recipe
+from megatron_dsv3.data.manifest import Recipe, read_manifest
 from megatron_dsv3.data.manifest import Source as SourceRecord
 from megatron_dsv3.data.own_template import OwnTemplate, choose_template
 from megatron_dsv3.data.pipeline import TOO_LONG, Block, OnBadRow, Pipeline, SampleOptions
@@ -110,7 +111,7 @@ def prepare(
             seed=options.seed,
         )
         write_report(report, writer.report_directory)
-        writer.finish(_recipe(tokenizer, template, options, reader))
+        writer.finish(_recipe(tokenizer, template, options, reader.records()))
     return report
 
 
@@ -120,27 +121,53 @@ def _check_faults(block: Block, options: PrepareOptions) -> None:
             raise ValueError(fault.message)
 
 
+def is_current(
+    target: Path,
+    paths: Sequence[Path | str],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    options: PrepareOptions,
+) -> bool:
+    """Whether `target` is just the store that `prepare` would write; reads the files whole."""
+    try:
+        manifest = read_manifest(target)
+    except ValueError:  # not a whole store
+        return False
+    if manifest is None:
+        return False
+    files = find_inputs(paths).files
+    if [(s.path, s.size) for s in manifest.recipe.sources] != [
+        (str(file), file.stat().st_size) for file in files
+    ]:
+        return False
+    template = choose_template(options.template, tokenizer)
+    records = [_record(file) for file in files]
+    return manifest.recipe == _recipe(tokenizer, template, options, records)
+
+
+def _record(file: Path) -> SourceRecord:
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return SourceRecord(path=str(file), size=file.stat().st_size, sha256=digest)
+
+
 def _recipe(
     tokenizer: PreTrainedTokenizerFast,
     template: ChatTemplate | OwnTemplate,
     options: PrepareOptions,
-    reader: _Reader,
+    sources: Sequence[SourceRecord],
 ) -> Recipe:
-    content = template.text if isinstance(template, OwnTemplate) else template
     return Recipe(
         tokenizer=tokenizer_fingerprint(tokenizer),
         template=template.name,
-        template_fingerprint=template_fingerprint(content),
+        template_fingerprint=template_fingerprint(template),
         options={
             "seq_length": options.samples.seq_length,
             "too_long": options.samples.too_long,
             "history_reasoning": options.samples.history_reasoning,
             "on_bad_row": options.on_bad_row,
         },
-        sources=tuple(
-            SourceRecord(path=str(source.path), size=source.size, sha256=source.sha256)
-            for source in reader.sources
-        ),
+        sources=tuple(sources),
     )
 
 
@@ -161,3 +188,6 @@ class _Reader:
 
     def files(self) -> list[FileAccount]:
         return [FileAccount(str(s.path), s.kind, s.size, s.sha256) for s in self.sources]
+
+    def records(self) -> list[SourceRecord]:
+        return [SourceRecord(path=str(s.path), size=s.size, sha256=s.sha256) for s in self.sources]

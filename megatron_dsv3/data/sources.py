@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dsv3.data import compressed, json_rows, parquet_rows
-from megatron_dsv3.data.rows import Fault, Item, Row, RowError, Table, decode
+from megatron_dsv3.data.rows import Fault, Item, RowError, Table
 
 _KINDS = (".json", ".jsonl", ".ndjson")
 _SUFFIXES = (*_KINDS, *(kind + packed for kind in _KINDS for packed in (".gz", ".zst")), ".parquet")
@@ -144,12 +144,3 @@ def _begin(text: io.BufferedReader, path: str) -> tuple[int, bytes]:
             f"{path}: expected a JSON array, JSONL or Parquet, got {first!r} at its start",
         )
     return start, first
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file, in order; the first fault is an error."""
-    for item in Source(path).items():
-        for row in decode(item):
-            if isinstance(row, Fault):
-                raise ValueError(row.message)
-            yield row

@@ -18,6 +18,7 @@ import os
 import shutil
 import struct
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -91,6 +92,9 @@ class Store:
     def __len__(self) -> int:
         return self.manifest.num_samples
 
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.sample(index) for index in range(len(self)))
+
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """[samples], int32: tokens of each, from the index alone."""
@@ -112,8 +116,8 @@ class Store:
         return bytes(self._ids[index]).decode()
 
     def sample(self, index: int) -> Sample:
-        """All of one sample."""
-        tokens = self.tokens(index)
+        """All of one sample, as arrays of its own."""
+        tokens = self.tokens(index).copy()
         return Sample(self.id(index), tokens, mask_of(self.spans(index), len(tokens)))
 
     def check_hashes(self) -> None:

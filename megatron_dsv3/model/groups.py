@@ -1,7 +1,9 @@
 """Start and stop the process groups of a layout; this process's place in it, as a record."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_dsv3.config.parallel import Parallel
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for what rank 0 does alone; where it dies they end at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +62,30 @@ def raise_together(problem: str) -> None:
             text: "" if len(r) == len(problems) else f" (ranks {r})" for text, r in ranks.items()
         }
         raise SharedError("; ".join(text + whose[text] for text in ranks))
+
+
+def from_rank_0[T](work: Callable[[], T]) -> T:
+    """Collective. What `work` gives on rank 0, on every rank; the others wait as long as it takes.
+
+    Raises:
+        SharedError: On every rank, what went wrong on rank 0.
+    """
+    found: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = work()
+        except (ValueError, OSError) as error:
+            found[1] = str(error)
+    # Not the default group: its patience is minutes.
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        dist.broadcast_object_list(found, src=0, group=group)
+    finally:
+        dist.destroy_process_group(group)
+    if found[1]:
+        raise SharedError(found[1])
+    result: T = found[0]
+    return result
 
 
 def device_of(name: str) -> torch.device:

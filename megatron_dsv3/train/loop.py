@@ -15,7 +15,7 @@ from megatron_dsv3.data.batch import Batch
 from megatron_dsv3.data.dataset import Position
 from megatron_dsv3.model.groups import Groups, SharedError
 from megatron_dsv3.train.metrics import Sink, StepRecord
-from megatron_dsv3.train.step import Losses, StepResult, TrainStep
+from megatron_dsv3.train.step import Counts, Losses, StepResult, TrainStep
 
 START = Position()
 
@@ -40,8 +40,8 @@ class Run:
     optimizer: Any
     groups: Groups
     num_steps: int
-    flops_per_token: float
-    """Model FLOPs of one real token, forward and backward."""
+    flops: Callable[[Counts], float]
+    """Model FLOPs of a step, forward and backward."""
     max_lr: float
     peak_tflops: float | None = None
     """Of one device, for MFU."""
@@ -93,7 +93,7 @@ def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
 def _record(
     run: Run, number: int, batch: StepBatch, result: StepResult, lr: float, seconds: float
 ) -> StepRecord:
-    tflops = run.flops_per_token * result.counts.tokens / seconds / run.groups.world_size / 1e12
+    tflops = run.flops(result.counts) / seconds / run.groups.world_size / 1e12
     return StepRecord(
         step=number,
         num_steps=run.num_steps,

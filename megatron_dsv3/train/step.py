@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_dsv3.config.sections import ExpertsSection, SpikesSection
-from megatron_dsv3.data.batch import Batch
+from megatron_dsv3.data.batch import Batch, counted_tokens
 from megatron_dsv3.model.attention import zigzag
 from megatron_dsv3.model.build import routers
 from megatron_dsv3.model.groups import Groups
@@ -31,7 +32,7 @@ from megatron_dsv3.train.spikes import NonFiniteError, SpikeError, SpikeGuard
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A micro-batch as this rank's packed row; every sample is one document."""
+    """A micro-batch as this rank's one packed row."""
 
     tokens: Tensor
     """[1, tokens]"""
@@ -52,6 +53,8 @@ class Counts:
     documents: int
     tokens: int
     """Real tokens, padding not counted."""
+    squares: int
+    """Of the documents' tokens, summed: what causal attention inside each costs grows with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,31 +81,33 @@ class StepResult:
 
 
 def to_row(batch: Batch, groups: Groups) -> Row:
-    """Lays the samples of a batch end to end, and takes this rank's part under context parallelism.
+    """Lays the rows of a batch end to end, and takes this rank's part under context parallelism.
 
     Padding stays at the tail of its document: it is seen by no real token, and no loss counts it.
     """
-    size, length = batch.tokens.shape
-    documents = torch.arange(size)[:, None].expand(size, length)
-    documents = torch.where(batch.padding, -1, documents).reshape(-1)
-    documents = _members_by_depth(documents, num_depths=len(batch.labels))
+    documents = _members_by_depth(batch.documents.reshape(-1), num_depths=len(batch.labels))
     flat = [batch.tokens, batch.position_ids, batch.labels, batch.loss_mask]
     tensors = [tensor.flatten(-2) for tensor in flat] + [documents]
     cp_size = groups.collection.cp.size()
     if cp_size > 1:
-        within = zigzag(length, cp_rank=groups.cp_rank, cp_size=cp_size)
-        chosen = torch.cat([within + start for start in range(0, size * length, length)])
-        tensors = [tensor[..., chosen] for tensor in tensors]
+        parts = [
+            start + zigzag(stop - start, cp_rank=groups.cp_rank, cp_size=cp_size)
+            for start, stop in pairwise(batch.bounds.tolist())
+        ]
+        tensors = [tensor[..., torch.cat(parts)] for tensor in tensors]
     tokens, positions, labels, mask, documents = (t.to(groups.device) for t in tensors)
-    bounds = torch.arange(0, size * length + 1, length, dtype=torch.int32, device=groups.device)
+    bounds = batch.bounds.to(groups.device)
+    # Attention kernels on a GPU are planned anew for each bound of the lengths: give them few.
+    longest = 1 << (int(batch.bounds.diff().max()) - 1).bit_length()
+    longest = min(longest, batch.tokens.numel())
     packed = PackedRow(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
-        max_seqlen_q=length,
-        max_seqlen_kv=length,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
         documents=documents,
-        num_documents=size,
+        num_documents=len(bounds) - 1,
     )
     return Row(
         tokens[None], positions[None], labels[:, None], mask[:, None], packed, batch.sample_ids
@@ -124,14 +129,14 @@ def _members_by_depth(documents: Tensor, *, num_depths: int) -> Tensor:
 
 def global_counts(batches: Sequence[Batch], groups: Groups) -> Counts:
     """Sums over all data-parallel ranks, before the first forward: losses are divided by them."""
-    counted = torch.stack([batch.loss_mask.sum((1, 2), dtype=torch.float64) for batch in batches])
-    tokens = sum(int((~batch.padding).sum()) for batch in batches)
-    documents = sum(int((~batch.padding).any(1).sum()) for batch in batches)
-    sums = torch.tensor([documents, tokens], dtype=torch.float64)
+    counted = torch.stack([counted_tokens(batch).double() for batch in batches])
+    lengths = torch.cat([batch.lengths for batch in batches]).double()
+    sums = torch.stack([(lengths > 0).sum(), lengths.sum(), lengths.square().sum()])
     vector = torch.cat([counted.sum(0), sums]).to(groups.device)
     dist.all_reduce(vector, group=groups.collection.dp)
     vector = vector.cpu()
-    return Counts(vector[:-2], documents=int(vector[-2]), tokens=int(vector[-1]))
+    documents, tokens, squares = (int(value) for value in vector[-3:])
+    return Counts(vector[:-3], documents=documents, tokens=tokens, squares=squares)
 
 
 class TrainStep:

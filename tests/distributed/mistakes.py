@@ -46,6 +46,20 @@ def labels_across_documents(patch: Patch) -> None:
     patch.setattr(step, "to_row", to_row)
 
 
+def documents_see_neighbours(patch: Patch) -> None:
+    """Attention takes two documents for one."""
+    original = step.to_row
+
+    def to_row(batch: Any, groups: Any) -> Any:
+        joined = torch.cat([batch.bounds[:1], batch.bounds[2:]])
+        ends = batch.tokens.size(1)
+        if len(batch.bounds) > 2 and int(batch.bounds[1]) < ends:
+            batch = replace(batch, bounds=joined)
+        return original(batch, groups)
+
+    patch.setattr(step, "to_row", to_row)
+
+
 def loss_averaged_per_rank(patch: Patch) -> None:
     """Each rank divides by its own count, and the means are averaged as if those were equal."""
     original = step._weighted_sum
@@ -88,6 +102,7 @@ def bias_in_bf16(patch: Patch) -> None:
 MISTAKES: dict[str, Callable[[Patch], None]] = {
     "an unreduced gradient under TP": unreduced_norm_gradient,
     "labels shifted across documents": labels_across_documents,
+    "documents that see their neighbours": documents_see_neighbours,
     "the loss averaged per rank": loss_averaged_per_rank,
     "a layer placed twice": layer_placed_twice,
     "a bf16 bias": bias_in_bf16,

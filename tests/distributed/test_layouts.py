@@ -35,6 +35,7 @@ LAYOUTS: dict[int, list[Case]] = {
         case("full recompute", memory=FULL),
         case("selective recompute", memory=SELECTIVE),
         case("every module computed again", memory=SELECTIVE | {"recompute_modules": ALL_MODULES}),
+        case("several lengths a row", packed=True),
     ],
     2: [
         case("DP2"),
@@ -49,6 +50,8 @@ LAYOUTS: dict[int, list[Case]] = {
         case("PP2"),
         case("PP2 VPP2"),
         case("CP2"),
+        case("CP2 several lengths a row", packed=True),
+        case("PP2 several lengths a row", packed=True),
     ],
     4: [
         case("TP4"),
@@ -68,6 +71,7 @@ LAYOUTS: dict[int, list[Case]] = {
         case("EP8"),
         case("PP4 VPP2 uneven", parallel={"stages": "E|t*2|t|t|t|t|t|tmL"}),
         case("TP2 PP2 CP2 EP4 packed", micro_batch_size=2),
+        case("TP2 PP2 CP2 EP4 several lengths a row", packed=True),
     ],
 }
 WITH_LOSSES: dict[int, list[Case]] = {
@@ -76,6 +80,7 @@ WITH_LOSSES: dict[int, list[Case]] = {
         case("EP2, balance and z loss", **LOSSES),
         case("CP2, balance and z loss", **LOSSES),
         case("PP2 full recompute, balance and z loss", memory=FULL, **LOSSES),
+        case("CP2 several lengths a row, balance and z loss", packed=True, **LOSSES),
     ],
     4: [case("TP2 CP2 EP4 packed, balance and z loss", micro_batch_size=4, **LOSSES)],
 }
@@ -94,6 +99,7 @@ WRONG: dict[int, list[Case]] = {
     2: [
         case("TP2 wrong", mistake="an unreduced gradient under TP"),
         case("DP2 packed wrong", micro_batch_size=4, mistake="labels shifted across documents"),
+        case("CP2 packed wrong", packed=True, mistake="documents that see their neighbours"),
         case("DP2 wrong", mistake="the loss averaged per rank"),
         case("PP2 wrong", mistake="a layer placed twice"),
         case("EP2 wrong", mistake="a bf16 bias"),

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,8 +34,9 @@ from megatron_dsv3.config.sections import (
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.mapping import Param
-from megatron_dsv3.data.batch import make_batch
-from megatron_dsv3.data.dataset import rank_micro_batches
+from megatron_dsv3.data.batch import pack_batch
+from megatron_dsv3.data.dataset import Documents, rank_micro_batches
+from megatron_dsv3.data.packing import pack
 from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
@@ -61,6 +63,8 @@ class Case:
     optimizer: dict[str, Any] = field(default_factory=dict)
     mtp: str = "train"
     lr: float = 1e-3
+    packed: bool = False
+    """Documents of several lengths share a row of twice the length; else one has it alone."""
     mistake: str | None = None
     """One of `mistakes.MISTAKES`, planted for this case alone."""
 
@@ -86,6 +90,17 @@ def samples(seed: int, number: int, *, vocab_size: int, longest: int) -> list[Sa
         counted = torch.rand(length, generator=generator) < 0.7
         made.append(Sample(f"{seed}:{index}", tokens.numpy(), counted.numpy()))
     return made
+
+
+def packed_rows(
+    whole: list[Sample], row_length: int, multiple: int, *, num_rows: int
+) -> list[Documents]:
+    """The same documents as fewer rows of several lengths each; rows without any fill up."""
+    lengths = np.array([len(sample.tokens) for sample in whole])
+    packs = pack(lengths, row_length=row_length, multiple=multiple)
+    assert 1 < len(packs) < num_rows
+    rows = [tuple(whole[i] for i in packs[row]) for row in range(len(packs))]
+    return rows + [()] * (num_rows - len(rows))
 
 
 class GradientBridge(Bridge):
@@ -152,14 +167,24 @@ def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -
     results = []
     for number in range(case.steps):
         whole = samples(number, batch_size, vocab_size=arch.vocab_size, longest=longest)
+        rows, row_length, multiple = [(sample,) for sample in whole], longest, longest
+        if case.packed:
+            row_length, multiple = 2 * longest, 2 * parallel.cp_size
+            rows = packed_rows(whole, row_length, multiple, num_rows=batch_size)
         mine = rank_micro_batches(
-            whole,
+            rows,
             micro_batch_size=case.micro_batch_size,
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
         )
         batches = [
-            make_batch(micro, seq_length=longest, num_mtp=arch.num_mtp_layers, pad_id=0)
+            pack_batch(
+                micro,
+                row_length=row_length,
+                multiple=multiple,
+                num_mtp=arch.num_mtp_layers,
+                pad_id=0,
+            )
             for micro in mine
         ]
         results.append(step(batches))
