@@ -21,22 +21,31 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
-from transformers import AutoTokenizer
 
-from megatron_dsv3.data.pipeline import SampleOptions
-from megatron_dsv3.data.prepare import PrepareOptions, prepare
-from megatron_dsv3.data.tokens import load_tokenizer
+# Nothing else is imported here: workers import this file, too, and would not be what users have.
 
-MAX_TURNS = 8
+MAX_ROUNDS = 8
 SECONDS_BETWEEN_LOOKS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What one round of a conversation is made of."""
+
+    question: str
+    steps: tuple[str, ...]
 
 
 def hf_dir() -> Path:
@@ -47,21 +56,38 @@ def hf_dir() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def conversations(num_bytes: int) -> Iterator[str]:
-    """Lines of conversations of 1 to 8 rounds: CHAMP's problems and their worked steps, shuffled.
-
-    Without reasoning, so that all contenders write the same template.
-    """
+def problems() -> list[Problem]:
+    """CHAMP's: the question, and the steps of its solution."""
     source = importlib.resources.files("champ_dataset") / "dataset_files" / "v0.json"
-    problems = list(json.loads(source.read_text(encoding="utf-8"))["problems"].values())
+    found = json.loads(source.read_text(encoding="utf-8"))["problems"].values()
+    return [
+        Problem(problem["_text"], tuple(step["_text"] for step in problem["solution"]["steps"]))
+        for problem in found
+    ]
+
+
+def mixed(generator: random.Random, source: Sequence[Problem]) -> Problem:
+    """One of them, new by a number in front and by the order of its steps."""
+    problem = generator.choice(source)
+    steps = generator.sample(problem.steps, len(problem.steps))
+    return Problem(f"{generator.random()} {problem.question}", tuple(steps))
+
+
+def long_words(generator: random.Random, source: Sequence[str]) -> Problem:
+    """Words at random: of all text the fastest to tokenise, for the memory of a big input."""
+    words = generator.choices(source, k=300)
+    return Problem(" ".join(words[:40]), (" ".join(words[40:]),))
+
+
+def conversations(num_bytes: int, make: Callable[[random.Random], Problem]) -> Iterator[str]:
+    """Lines of conversations of 1 to 8 rounds, without reasoning: all write the same template."""
     generator = random.Random(0)
     while num_bytes > 0:
         messages = []
-        for problem in generator.choices(problems, k=generator.randint(1, MAX_TURNS)):
-            steps = [step["_text"] for step in problem["solution"]["steps"]]
-            generator.shuffle(steps)
-            messages.append({"role": "user", "content": f"{generator.random()} {problem['_text']}"})
-            messages.append({"role": "assistant", "content": "\n".join(steps)})
+        for _ in range(generator.randint(1, MAX_ROUNDS)):
+            problem = make(generator)
+            messages.append({"role": "user", "content": problem.question})
+            messages.append({"role": "assistant", "content": "\n".join(problem.steps)})
         line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         num_bytes -= len(line.encode())
         yield line
@@ -70,9 +96,42 @@ def conversations(num_bytes: int) -> Iterator[str]:
 # ---- Contenders: each runs in a fresh process and returns tokens and seconds ---------------------
 
 
-def run_prepare(chats: Path, threads: int) -> tuple[int, float]:
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Tokens made, and what they cost: on a busy machine the CPU's seconds tell more."""
+
+    num_tokens: int
+    seconds: float
+    cpu_seconds: float
+
+
+Contender = Callable[[Path, int], Result]
+
+
+class Clock:
+    """Time from its start, of this process and of those that it started and saw end."""
+
+    def __init__(self) -> None:
+        self.began = self._now()
+
+    def result(self, num_tokens: int) -> Result:
+        """What it took until now."""
+        seconds, cpu_seconds = self._now()
+        return Result(num_tokens, seconds - self.began[0], cpu_seconds - self.began[1])
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        usages = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def run_prepare(chats: Path, threads: int) -> Result:
     """This project, from nothing to a store with its report."""
-    began = time.perf_counter()
+    clock = Clock()
+    from megatron_dsv3.data.pipeline import SampleOptions
+    from megatron_dsv3.data.prepare import PrepareOptions, prepare
+    from megatron_dsv3.data.tokens import load_tokenizer
+
     report = prepare(
         [chats],
         chats.with_name("store"),
@@ -83,30 +142,34 @@ def run_prepare(chats: Path, threads: int) -> tuple[int, float]:
             num_workers=threads,
         ),
     )
-    return report.tokens.kept, time.perf_counter() - began
+    return clock.result(report.tokens.kept)
 
 
-def run_encode_batch(chats: Path, threads: int) -> tuple[int, float]:
+def run_encode_batch(chats: Path, threads: int) -> Result:
     """Only the tokenizer's own time: texts and tokenizer are in memory before the clock starts."""
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(threads))
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(hf_dir())
     rows = [json.loads(line)["messages"] for line in chats.open(encoding="utf-8")]
     texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
     backend = tokenizer.backend_tokenizer
-    began = time.perf_counter()
+    clock = Clock()
     num_tokens = 0
     for start in range(0, len(texts), 1000):
         encodings = backend.encode_batch(texts[start : start + 1000], add_special_tokens=False)
         num_tokens += sum(map(len, encodings))
-    return num_tokens, time.perf_counter() - began
+    return clock.result(num_tokens)
 
 
-def run_datasets_map(chats: Path, threads: int) -> tuple[int, float]:
+def run_datasets_map(chats: Path, threads: int) -> Result:
     """What a user of the library would write."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    clock = Clock()
+    from transformers import AutoTokenizer
+
     datasets = importlib.import_module("datasets")
     datasets.disable_progress_bars()
-    began = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(hf_dir())
 
     def encode(row: dict[str, list[dict[str, str]]]) -> dict[str, list[int]]:
@@ -116,11 +179,10 @@ def run_datasets_map(chats: Path, threads: int) -> tuple[int, float]:
     cache = str(chats.with_name("cache"))
     rows = datasets.load_dataset("json", data_files=str(chats), split="train", cache_dir=cache)
     encoded = rows.map(encode, num_proc=threads, remove_columns=["messages"])
-    seconds = time.perf_counter() - began
-    return sum(len(ids) for ids in encoded["ids"]), seconds
+    result = clock.result(0)
+    return replace(result, num_tokens=sum(len(ids) for ids in encoded["ids"]))
 
 
-Contender = Callable[[Path, int], tuple[int, float]]
 CONTENDERS: dict[str, Contender] = {
     "prepare": run_prepare,
     "encode_batch": run_encode_batch,
@@ -128,39 +190,42 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def in_new_process(function: Contender, chats: Path, threads: int) -> tuple[int, float]:
-    """Tokens and seconds of one contender."""
+def in_new_process(function: Contender, chats: Path, threads: int) -> Result:
+    """What one contender makes of it."""
     # No pool: its processes may have no children.
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, chats, threads))
     process.start()
     sender.close()
-    result: tuple[int, float] = receiver.recv()
+    result: Result = receiver.recv()
     process.join()
     return result
 
 
-def _send(sender, function, chats: Path, threads: int) -> None:  # noqa: ANN001 - a connection
+def _send(sender: Connection, function: Contender, chats: Path, threads: int) -> None:
     sender.send(function(chats, threads))
 
 
 def compare(chats: Path, threads: int, repeats: int) -> None:
     """One line a contender: the best of some runs, which take turns."""
     names = [n for n in CONTENDERS if n != "datasets.map" or importlib.util.find_spec("datasets")]
-    best: dict[str, tuple[int, float]] = {}
+    best: dict[str, Result] = {}
     for _ in range(repeats):
         for name in names:
             result = in_new_process(CONTENDERS[name], chats, threads)
-            best[name] = min(best.get(name, result), result, key=lambda r: r[1])
+            best[name] = min(best.get(name, result), result, key=lambda r: r.seconds)
             for leftover in ("store", "cache"):
                 shutil.rmtree(chats.with_name(leftover), ignore_errors=True)
-    assert len({num_tokens for num_tokens, _ in best.values()}) == 1, "they made different tokens"
-    reference = best["encode_batch"][0] / best["encode_batch"][1]
-    print(f"{'':14} {'tokens':>12} {'seconds':>8} {'tokens/s':>10} {'of encode_batch':>15}")
-    for name, (num_tokens, seconds) in best.items():
-        rate = num_tokens / seconds
-        print(f"{name:14} {num_tokens:12,} {seconds:8.2f} {rate:10,.0f} {rate / reference:15.2f}")
+    assert len({result.num_tokens for result in best.values()}) == 1, "they made different tokens"
+    print(f"{'':14} {'tokens/s':>10} {'of encode_batch':>15} {'tokens/CPU s':>13} {'of it':>6}")
+    reference = best["encode_batch"]
+    for name, result in best.items():
+        rate, cpu_rate = result.num_tokens / result.seconds, result.num_tokens / result.cpu_seconds
+        print(
+            f"{name:14} {rate:10,.0f} {reference.seconds / result.seconds:15.2f} "
+            f"{cpu_rate:13,.0f} {reference.cpu_seconds / result.cpu_seconds:6.2f}"
+        )
 
 
 # ---- Memory -------------------------------------------------------------------------------------
@@ -203,17 +268,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--memory-gigabytes", type=float)
     arguments = parser.parse_args()
+    gigabytes, threads = arguments.memory_gigabytes, arguments.threads
+    num_bytes = int(gigabytes * 1e9 if gigabytes else arguments.megabytes * 1e6)
+    source = problems()
+    texts = [text for problem in source for text in (problem.question, *problem.steps)]
+    words = sorted({word for word in " ".join(texts).split() if word.isalpha() and len(word) > 4})
+    make = partial(long_words, source=words) if gigabytes else partial(mixed, source=source)
     with tempfile.TemporaryDirectory() as folder:
         chats = Path(folder) / "chats.jsonl"
-        gigabytes = arguments.memory_gigabytes
-        num_bytes = int(gigabytes * 1e9 if gigabytes else arguments.megabytes * 1e6)
         with chats.open("w", encoding="utf-8") as file:
-            file.writelines(conversations(num_bytes))
-        print(f"{num_bytes / 1e6:,.0f} MB of conversations, {arguments.threads} threads")
+            file.writelines(conversations(num_bytes, make))
+        print(f"{num_bytes / 1e6:,.0f} MB of conversations, {threads} threads", flush=True)
         if gigabytes:
-            watch_memory(chats, arguments.threads)
+            watch_memory(chats, threads)
         else:
-            compare(chats, arguments.threads, arguments.repeats)
+            compare(chats, threads, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,11 @@ def test_text_that_the_template_leaves_out_is_reported(tokenizer):
 # ---- Many at once, and the tokenizer ------------------------------------------------------------
 
 
+def test_spaces_that_a_tokenizer_leaves_out_belong_to_both_neighbours():
+    # " a", " b", "c " of " a bc ", trimmed as many tokenizers report them.
+    assert list(tokens._without_gaps([(1, 2), (3, 4), (4, 5)], 6)) == [(0, 3), (2, 4), (4, 6)]
+
+
 @pytest.mark.parametrize("characters_per_call", [1, 60, 1 << 22])
 def test_many_conversations_at_once_are_the_same_as_one_by_one(
     tokenizer, monkeypatch, characters_per_call

@@ -187,6 +187,7 @@ def test_samples_that_are_too_long_are_counted_and_listed(tmp_path):
     assert (report.rows.read, report.rows.kept, report.rows.without_sample) == (3, 1, 2)
     report = run(tmp_path / "truncate", path, seq_length=20, too_long="truncate")
     assert report.samples.truncated == 1
+    assert report.tokens.lost == sum(length for _, length in report.samples.longest) - 20
     assert report.samples.dropped == {"no counted token within the sequence length": 1}
     assert [len(sample.tokens) for sample in samples_of(tmp_path / "truncate")] == [6, 20]
     with pytest.raises(ValueError, match=rf"{path}:2: \d+ tokens, but the sequence length is 20"):
