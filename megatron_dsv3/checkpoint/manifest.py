@@ -90,7 +90,10 @@ def read_manifest(directory: Path) -> Mapping[str, FileRecord]:
             raise ValueError(f"format is {content['format']!r}, expected {FORMAT!r}")
         return {name: FileRecord(**record) for name, record in content["files"].items()}
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, so the checkpoint was not finished") from None
+        raise ValueError(
+            f"{path}: no such file, so the checkpoint was not finished (what the converter or others "
+            "wrote has none: compare it with `megatron-dsv3 verify OTHER CHECKPOINT`)"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not the manifest of a checkpoint: {error}") from None
 
