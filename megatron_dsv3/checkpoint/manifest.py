@@ -91,7 +91,7 @@ def read_manifest(directory: Path) -> Mapping[str, FileRecord]:
         return {name: FileRecord(**record) for name, record in content["files"].items()}
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: no such file, so the checkpoint was not finished (what the converter or others "
+            f"{path}: no such file, so the checkpoint was not finished (what others "
             "wrote has none: compare it with `megatron-dsv3 verify OTHER CHECKPOINT`)"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
