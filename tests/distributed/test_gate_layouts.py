@@ -73,7 +73,6 @@ def _read(outcomes: Path, case: Case) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("case", ALL_RIGHT, ids=[case.name for case in ALL_RIGHT])
 def test_a_layout_computes_what_transformers_does(outcomes, case):
     outcome = _read(outcomes, case)
@@ -84,7 +83,6 @@ def test_a_layout_computes_what_transformers_does(outcomes, case):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize(("case", "part"), ALL_WRONG, ids=[case.name for case, _ in ALL_WRONG])
 def test_a_mistake_of_one_rank_is_named_on_all(outcomes, case, part):
     assert f"first in {part} (" in (_read(outcomes, case)["error"] or "")

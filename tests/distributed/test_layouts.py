@@ -130,21 +130,18 @@ def results(hf_dir, tmp_path_factory) -> Results:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("case", _all(LAYOUTS), ids=str)
 def test_a_layout_gives_the_numbers_of_one_process(results, hf_dir, case):
     check(results, case, ONE, read(hf_dir))
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("case", _all(WITH_LOSSES), ids=str)
 def test_the_routers_losses_do_not_depend_on_the_layout(results, hf_dir, case):
     check(results, case, BALANCED, read(hf_dir))
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 def test_the_routers_losses_reach_the_routers(results):
     plain, balanced = (results.tensors(c.name, "gradients") for c in (ONE, BALANCED))
     routers = [name for name in plain if name.endswith("mlp.gate.weight")]
@@ -153,7 +150,6 @@ def test_the_routers_losses_reach_the_routers(results):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("case", _all(WITH_MOVING_BIASES), ids=str)
 def test_the_experts_biases_move_alike_in_every_layout(results, hf_dir, case):
     before = read(hf_dir)
@@ -163,7 +159,6 @@ def test_the_experts_biases_move_alike_in_every_layout(results, hf_dir, case):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("case", _all(WITH_BF16_GRADIENTS), ids=str)
 def test_gradients_summed_in_bf16_are_near_those_in_fp32(results, case):
     """Each of eight sums rounds to 2^-9 of itself; measured 6e-3 of a gradient's norm."""
@@ -175,7 +170,6 @@ def test_gradients_summed_in_bf16_are_near_those_in_fp32(results, case):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("case", _all(WRONG), ids=lambda case: case.mistake)
 def test_a_planted_mistake_is_found(results, hf_dir, case):
     with pytest.raises(AssertionError):
@@ -196,7 +190,6 @@ ROUND_TRIPS = {
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 def test_load_and_export_give_back_every_bit(tmp_path):
     hf_dir = build(num_hidden_layers=4, num_mtp_layers=2).save(
         tmp_path / "hf", dtype=torch.bfloat16

@@ -53,7 +53,6 @@ def _train(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
 def test_packed_rows_train_as_single_samples_do(inputs, tmp_path):
     store = Store(inputs / "store")
     num_rows = len(Rows(store, RowOptions(length=ROW_LENGTH, multiple=MULTIPLE)))

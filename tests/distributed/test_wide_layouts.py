@@ -6,7 +6,7 @@ from distributed.layouts import ALLGATHER, FULL, ONE, OVERLAP, SELECTIVE, case, 
 from distributed.worker import Case
 from hf_reference import build, read
 
-pytestmark = [pytest.mark.slow, pytest.mark.wide, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 TWO_INSTANCES = {"num_optimizer_instances": 2}
