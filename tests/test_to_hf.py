@@ -12,8 +12,10 @@ import torch
 from small_checkpoints import WIDE
 from transformers import DeepseekV3ForCausalLM
 
+from megatron_dsv3.commands.compare import open_checkpoint
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.convert import megatron_layout, megatron_write, offline, sources
+from megatron_dsv3.convert.compare import WholeHF, compare
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.megatron_write import ToMegatron
 from megatron_dsv3.convert.memory import PIECE_BYTES, Budget
@@ -79,6 +81,24 @@ def test_bf16_through_megatron_comes_back_bit_for_bit(tmp_path):
     assert Architecture.from_hf(back) == ARCH
     assert "quantization_config" not in json.loads((back / "config.json").read_text())
     assert {name: (back / name).read_text() for name in TOKENIZER} == TOKENIZER
+
+
+def test_a_megatron_checkpoint_is_compared_with_a_directory_and_a_swap_in_it_is_found(tmp_path):
+    hf = small_checkpoints.save(tmp_path / "hf", CONFIG, FP8)
+    mcore = run_here(ToMegatron.open(hf), tmp_path / "mcore")
+    for a, b in ((hf, mcore), (mcore, hf), (mcore, mcore)):
+        opened = [open_checkpoint(path, config_from=hf) for path in (a, b)]
+        assert compare(*opened).is_equal
+    whole = open_checkpoint(mcore, config_from=hf)
+    boxes = dict(whole.source.boxes)
+    stem = "model.layers.1.mlp.experts."
+    for one, other in (("3.gate_proj", "3.up_proj"), ("5.down_proj", "6.down_proj")):
+        a, b = (f"{stem}{name}.weight" for name in (one, other))
+        boxes[a], boxes[b] = boxes[b], boxes[a]
+    wrong = replace(whole, source=replace(whole.source, boxes=boxes))
+    found = compare(WholeHF(hf), wrong)
+    assert len(found.differences) == 4
+    assert (found.only_a, found.only_b) == ([], [])
 
 
 def test_fp8_through_megatron_comes_back_byte_for_byte_with_its_scales(tmp_path):
