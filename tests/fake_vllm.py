@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         assert self.path == "/v1/chat/completions"
         assert request["model"] == self.arguments.served_model_name
-        if request["max_tokens"] >= self.arguments.max_model_len:
+        if request.get("max_tokens", 0) >= self.arguments.max_model_len:
             self.reply(400, {"error": "max_tokens cannot be greater than max_model_len"})
             return
         message = {"reasoning": THOUGHT, "content": self.arguments.fake_answer}

@@ -17,7 +17,7 @@ from megatron_dsv3.commands import serve
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.convert.fp8 import quantize
 from megatron_dsv3.convert.mapping import by_hf_name
-from megatron_dsv3.data.chat import load_tokenizer
+from megatron_dsv3.data.tokens import load_tokenizer
 from megatron_dsv3.serve import tokenizer_check
 from megatron_dsv3.serve.finding import Finding
 from megatron_dsv3.serve.hf_check import check_hf, refuse_unservable

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_vllm import ANSWER, NUM_TOKENS, THOUGHT
 from rich.console import Console
@@ -218,7 +219,13 @@ def run(python, port):
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+    # A server that a failed test left behind holds the pipes: reading them would never end.
+    for other in psutil.process_iter(["cmdline"]):
+        words = other.info["cmdline"] or []
+        if str(port) in words and any(word.endswith("fake_vllm.py") for word in words):
+            other.kill()
+    for process in processes:
+        process.communicate(timeout=60)
 
 
 def _until(process: subprocess.Popen[str], text: str) -> list[str]:
