@@ -42,6 +42,12 @@ FAULTS = {
     "empty file": (b"", "empty file", ": no rows in it; expected at least one object", 0),
     "blank file": (b" \n\n ", "empty file", ": no rows in it; expected at least one object", 0),
     "empty array": (b"[]", "empty file", ": no rows in it; expected at least one object", 0),
+    "spaces": (
+        b" " * (1 << 20) + row(),
+        "unknown kind of file",
+        ": expected a JSON array, JSONL or Parquet, got 1048576 bytes of space at its start",
+        0,
+    ),
     "plain text": (b"hello", "unknown kind of file", ": expected a JSON array, JSONL or Parq", 0),
     "csv": (b"role,content\nuser,q\n", "unknown kind of file", ": expected a JSON array", 0),
     "utf-16": ('{"a": 1}'.encode("utf-16"), "unknown kind of file", ": expected a JSON arr", 0),

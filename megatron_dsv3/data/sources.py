@@ -19,6 +19,9 @@ from megatron_dsv3.data.rows import Fault, Item, RowError, Table
 _KINDS = (".json", ".jsonl", ".ndjson")
 _SUFFIXES = (*_KINDS, *(kind + packed for kind in _KINDS for packed in (".gz", ".zst")), ".parquet")
 
+# Looked at for the first character; decompressors give no more at once.
+_MOST_BLANK_BYTES = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -138,9 +141,11 @@ def _begin(text: io.BufferedReader, path: str) -> tuple[int, bytes]:
     start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     text.read(start)
     first = head[start:].lstrip()[:1]
-    if first not in (b"", b"[", b"{"):
+    blank = not first and len(head) >= _MOST_BLANK_BYTES
+    if blank or first not in (b"", b"[", b"{"):
+        found = f"{len(head)} bytes of space" if blank else repr(first)
         raise RowError(
             "unknown kind of file",
-            f"{path}: expected a JSON array, JSONL or Parquet, got {first!r} at its start",
+            f"{path}: expected a JSON array, JSONL or Parquet, got {found} at its start",
         )
     return start, first
