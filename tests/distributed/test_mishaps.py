@@ -34,7 +34,7 @@ def _launch(what: str, directory: Path, **train: float) -> tuple[int, str, float
 
 
 def test_a_hang_ends_the_job_with_the_stack_of_every_rank(tmp_path):
-    code, said, seconds = _launch("hang", tmp_path, hang_timeout_s=20.0)
+    code, said, seconds = _launch("hang", tmp_path, hang_timeout_s=15.0)
     assert code != 0
     assert seconds < 200, said[-3000:]
     stacks = [(tmp_path / "log" / "stacks" / f"rank_0000{r}.txt").read_text() for r in (0, 1)]
