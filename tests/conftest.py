@@ -7,6 +7,7 @@ wins; child processes (torchrun) inherit them.
 import functools
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,35 @@ def missing_for_gpu() -> str | None:
     if importlib.util.find_spec("transformer_engine") is None:
         return "needs Transformer Engine: pip install --no-build-isolation -e .[gpu]"
     return None
+
+
+@pytest.fixture(scope="module")
+def groups(request):
+    """This process alone, on a GPU in modules marked `gpu`."""
+    from megatron_dsv3.config.parallel import Parallel
+    from megatron_dsv3.model import cpu
+    from megatron_dsv3.model.groups import device_of, start, stop
+
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if not on_gpu:
+        cpu.enable()
+    yield start(Parallel(), device_of("cuda" if on_gpu else "cpu"))
+    stop()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process: exit code, standard output, standard error."""
+    from megatron_dsv3 import cli
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["megatron-dsv3", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -31,6 +31,13 @@ SMALL: dict[str, Any] = {
     "rope_parameters": YARN, "rms_norm_eps": 1e-6, "initializer_range": 0.1,
     "num_mtp_layers": 1, "tie_word_embeddings": False,
 }  # fmt: skip
+REAL_HEADS: dict[str, Any] = {
+    # Of a size that the kernels of a GPU take.
+    "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

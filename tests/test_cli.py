@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,27 +16,12 @@ from safetensors.torch import load_file, save_file
 from small_job import CONVERSATIONS, conversation, write_chats, write_job, write_model
 from transformers import AutoModelForCausalLM
 
-from megatron_dsv3 import cli
 from megatron_dsv3.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["megatron-dsv3", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_a_job_ends_with_a_directory_that_transformers_loads(run, model, tmp_path):

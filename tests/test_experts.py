@@ -1,26 +1,16 @@
 """Expert loads and the bias policy on one process, by hand and against Megatron-Core's own rule."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 
-from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import ExpertsSection
-from megatron_dsv3.model import cpu
-from megatron_dsv3.model.groups import Groups, start, stop
+from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train.experts import ExpertBalance
 
 LOADS = torch.tensor([[4.0, 0.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0]])
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 def _router(number: int, loads: torch.Tensor, *, is_mtp: bool = False, trains: bool = True):

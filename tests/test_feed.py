@@ -1,13 +1,11 @@
 """From what a job says of its data to micro-batches: stores checked, made, packed, shared out."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
 from chat_cases import deepseek_tokenizer
 from small_job import CONVERSATIONS, write_chats, write_job
 from store_cases import RECIPE, write_store
@@ -21,8 +19,7 @@ from megatron_dsv3.data.fingerprints import template_fingerprint, tokenizer_fing
 from megatron_dsv3.data.manifest import read_manifest
 from megatron_dsv3.data.own_template import OWN
 from megatron_dsv3.data.templates import TEMPLATES
-from megatron_dsv3.model import cpu
-from megatron_dsv3.model.groups import Groups, SharedError, start, stop
+from megatron_dsv3.model.groups import SharedError
 
 HF_DIR = Path("/models/tiny")
 SAMPLES = [([i + 2] * (3 + 2 * i), [[1, 3]]) for i in range(9)]
@@ -31,13 +28,6 @@ SAMPLES = [([i + 2] * (3 + 2 * i), [[1, 3]]) for i in range(9)]
 @pytest.fixture(scope="module")
 def tokenizer():
     return deepseek_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 @pytest.fixture

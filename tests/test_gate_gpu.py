@@ -3,32 +3,17 @@
 In bf16 alone: no attention kernel of a GPU takes the gate's packed rows in fp32.
 """
 
-from collections.abc import Iterator
-
 import gate_model
 import hf_reference
 import pytest
 import torch
-from hf_reference import YARN
+from hf_reference import REAL_HEADS
 
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.convert.bridge import Bridge
-from megatron_dsv3.model.groups import Groups, SharedError, device_of, start, stop
+from megatron_dsv3.model.groups import SharedError
 
 pytestmark = pytest.mark.gpu
-
-REAL_HEADS = {
-    "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 128,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    yield start(Parallel(), device_of("cuda"))
-    stop()
 
 
 @pytest.fixture(scope="module")

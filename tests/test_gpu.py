@@ -4,7 +4,6 @@
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import hf_reference
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_reference import YARN, Reference
+from hf_reference import REAL_HEADS, Reference
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
@@ -23,28 +22,16 @@ from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
 from megatron_dsv3.model.build import build_chunks, routers, wrap
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import Groups, device_of, start, stop
+from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.model.router import PackedRow
 
 pytestmark = pytest.mark.gpu
 
 LENGTH = 128
-REAL_HEADS = {
-    "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 128,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
-}  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 FP32_TOLERANCE = 1e-4
 # In bf16 the yardstick is what transformers' own bf16 model makes of the same weights.
 PEER_RATIO = 1.5
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    yield start(Parallel(), device_of("cuda"))
-    stop()
 
 
 @pytest.fixture(scope="module")

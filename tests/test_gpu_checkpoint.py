@@ -3,35 +3,20 @@
 Training goes on while the writer process, forked from one that uses CUDA, writes the copy.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hf_reference
 import pytest
 import torch
-from hf_reference import YARN
+from hf_reference import REAL_HEADS
 from tiny_engine import differences, make_engine, make_job, optimizer_state, train_step, weights
 
 from megatron_dsv3.checkpoint.saver import Saver
 from megatron_dsv3.checkpoint.store import load
 from megatron_dsv3.commands.verify_checkpoint import verify_checkpoint
-from megatron_dsv3.config.parallel import Parallel
-from megatron_dsv3.model.groups import Groups, device_of, start, stop
 
 pytestmark = pytest.mark.gpu
-REAL_HEADS = {
-    "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 128,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    yield start(Parallel(), device_of("cuda"))
-    stop()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """FP8 training on a GPU: products in FP8 near those in bf16, weights kept in FP8, masters exact."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.model.build import build_chunks, routers, wrap
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import Groups, device_of, start, stop
+from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train import bench
 from megatron_dsv3.train.bench import slice_of_v3
 from megatron_dsv3.train.optimizer import build_optimizer
@@ -41,12 +40,6 @@ CASE = bench.Case(
     arch=slice_of_v3(num_layers=2, num_experts=2, vocab_size=2048),
     document_length=512,
 )
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    yield start(Parallel(), device_of("cuda"))
-    stop()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@
 """
 
 import gc
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron_dsv3.data.batch import Batch, make_batch
 from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import Groups, device_of, start, stop
+from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train.optimizer import build_optimizer
 from megatron_dsv3.train.step import TrainStep
 
@@ -43,12 +42,6 @@ OFFLOAD_ALL = (
     *("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"),
 )
 RECOMPUTE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    yield start(Parallel(), device_of("cuda"))
-    stop()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +25,8 @@ from megatron_dsv3.convert.megatron_layout import MegatronLayout, layouts
 from megatron_dsv3.convert.megatron_write import MegatronPlan, ToMegatron, plan
 from megatron_dsv3.convert.safetensors_file import SafetensorsWriter, TensorInfo
 from megatron_dsv3.convert.sources import HFSource, MegatronSource
-from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import Groups, start, stop
 
 LENGTH = 48
 LOGIT_TOLERANCE = 1e-5
@@ -52,13 +50,6 @@ def layout(hf_dir) -> MegatronLayout:
 @pytest.fixture(scope="module")
 def direction(hf_dir, layout) -> ToMegatron:
     return _direction(hf_dir, layout)
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Schedule by hand; clipping and AdamW against torch's; a non-finite gradient changes nothing."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,9 @@ from torch import Tensor
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import OptimizerSection, ScheduleSection
-from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import Groups, SharedError, start, stop
+from megatron_dsv3.model.groups import SharedError
 from megatron_dsv3.train import optimizer as module
 from megatron_dsv3.train.optimizer import NonFiniteError, build_optimizer, build_schedule, update
 
@@ -50,13 +49,6 @@ class Trainee:
         moments = [t for part in parts for state in part.state.values() for t in state.values()]
         steps = [torch.tensor(g.get("step", 0)) for part in parts for g in part.param_groups]
         return [t.detach().clone() for t in (*self.parameters, *moments, *steps)]
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 @pytest.fixture

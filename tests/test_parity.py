@@ -4,7 +4,7 @@ Each architecture that `Architecture.from_hf` reads differently is a case. The n
 that the comparison would see each of the mistakes that a port can make.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import hf_reference
@@ -20,11 +20,10 @@ from megatron_dsv3.config.sections import ExpertsSection
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
-from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.gpt import DeepseekV3Model
-from megatron_dsv3.model.groups import Groups, start, stop
+from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.model.router import PackedRow
 
 LENGTH = 48
@@ -71,13 +70,6 @@ class Case:
         with torch.no_grad():
             pairs = zip(self.logits(tokens), self.reference.logits(tokens), strict=True)
             return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import gc
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,17 +19,9 @@ from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.fp8 import SCALE_SUFFIX, dequantize, quantize
 from megatron_dsv3.convert.hf_layers import HFLayers
 from megatron_dsv3.convert.parity_gate import clear_choice
-from megatron_dsv3.model import cpu
-from megatron_dsv3.model.groups import Groups, SharedError, start, stop
+from megatron_dsv3.model.groups import SharedError
 
 PARTS = ["embedding", "layer 0", "layer 1", "layer 2", "logits", "MTP layer 0", "MTP logits"]
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 @pytest.fixture(scope="module")

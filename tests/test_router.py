@@ -1,6 +1,6 @@
 """Routing against transformers' router; the balance loss against Megatron-Core's and by hand."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +18,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import ExpertsSection
-from megatron_dsv3.model import cpu
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import Groups, start, stop
+from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.model.router import DeepseekV3Layer, DeepseekV3Router, PackedRow
 
 EXPERTS, HIDDEN, TOPK = 16, 32, 4
@@ -29,13 +28,6 @@ ARCH = replace(
     num_experts=EXPERTS, num_experts_per_token=TOPK, num_groups=4, num_groups_per_token=2,
 )  # fmt: skip
 COEFFICIENT = 0.5
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 @pytest.fixture

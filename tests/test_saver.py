@@ -25,17 +25,7 @@ from megatron_dsv3.checkpoint.store import load
 from megatron_dsv3.checkpoint.writer import SaveError
 from megatron_dsv3.commands.assemble import Engine
 from megatron_dsv3.commands.verify_checkpoint import verify_checkpoint
-from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import CheckpointSection
-from megatron_dsv3.model import cpu
-from megatron_dsv3.model.groups import Groups, start, stop
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 @pytest.fixture(scope="module")

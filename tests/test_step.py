@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +26,9 @@ from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.tensors import pieces_of
 from megatron_dsv3.data.batch import Batch, make_batch, pack_batch
 from megatron_dsv3.data.store import Sample
-from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import Groups, start, stop
+from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train.optimizer import build_optimizer
 from megatron_dsv3.train.spikes import NonFiniteError, SpikeError
 from megatron_dsv3.train.step import TrainStep, _weighted_sum, global_counts, loss_weights, to_row
@@ -52,13 +51,6 @@ SAMPLES = [_sample(n, f"chats.jsonl:{i}", seed=i) for i, n in enumerate((16, 5, 
 
 def _batch(*samples: Sample, length: int = LENGTH) -> Batch:
     return make_batch(samples, seq_length=length, num_mtp=NUM_MTP, pad_id=PAD)
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    cpu.enable()
-    yield start(Parallel(), torch.device("cpu"))
-    stop()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """`verify` and `train.verify_first` from the command line."""
 
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import hf_reference
@@ -10,7 +8,6 @@ import pytest
 from safetensors.torch import save_file
 from small_job import write_chats, write_job, write_model
 
-from megatron_dsv3 import cli
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.train.metrics import read_metrics
 
@@ -25,18 +22,6 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def job(model, tmp_path) -> Path:
     return write_job(tmp_path, model, write_chats(tmp_path / "chats.jsonl"))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["megatron-dsv3", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_verify_says_that_the_model_is_transformers_and_keeps_its_data(run, model, job, tmp_path):

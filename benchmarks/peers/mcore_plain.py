@@ -1,7 +1,6 @@
 """Megatron-Core as its users take it: GPTModel with its own specs and defaults in a plain loop."""
 
 import contextlib
-import statistics
 
 import torch
 from megatron.core.distributed import (
@@ -16,7 +15,6 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from megatron_dsv3.config.counts import count_parameters, flops_per_token
 from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train.bench import (
     Measured,
@@ -24,6 +22,7 @@ from megatron_dsv3.train.bench import (
     peak_gib,
     reset_peak,
     slice_of_v3,
+    summary,
     time_steps,
 )
 
@@ -98,11 +97,12 @@ def measure(groups: Groups, num_micro_batches: int, fp8: str | None, num_steps: 
         times = time_steps(step, groups.device, num_steps=num_steps)
     finally:
         free([wrapped], optimizer)
-    seconds, count = statistics.median(times), num_micro_batches * SEQ_LENGTH
-    return Measured(
-        name="mcore", step_ms=seconds * 1e3, spread_ms=(max(times) - min(times)) * 1e3,
-        tokens_per_second=count / seconds,
-        tflops=count * flops_per_token(arch, SEQ_LENGTH) / seconds / 1e12,
-        peak_gib=peak_gib(groups.device), parameters=count_parameters(arch).total,
+    return summary(
+        "mcore",
+        arch,
+        times,
+        num_tokens=num_micro_batches * SEQ_LENGTH,
+        document_length=SEQ_LENGTH,
+        peak_gib=peak_gib(groups.device),
         loss=float(losses[-1]),
-    )  # fmt: skip
+    )

@@ -1,17 +1,15 @@
 """transformers' DeepseekV3ForCausalLM in a plain loop: grouped_mm, SDPA, AdamW in bf16."""
 
-import statistics
-
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from megatron_dsv3.config.counts import count_parameters, flops_per_token
 from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train.bench import (
     Measured,
     peak_gib,
     reset_peak,
     slice_of_v3,
+    summary,
     time_steps,
 )
 
@@ -40,11 +38,12 @@ def measure(groups: Groups, num_micro_batches: int, num_steps: int) -> Measured:
         losses.append(loss.detach() * len(tokens))
 
     times = time_steps(step, groups.device, num_steps=num_steps)
-    seconds, count = statistics.median(times), num_micro_batches * SEQ_LENGTH
-    return Measured(
-        name="transformers", step_ms=seconds * 1e3, spread_ms=(max(times) - min(times)) * 1e3,
-        tokens_per_second=count / seconds,
-        tflops=count * flops_per_token(arch, SEQ_LENGTH) / seconds / 1e12,
-        peak_gib=peak_gib(groups.device), parameters=count_parameters(arch).total,
+    return summary(
+        "transformers",
+        arch,
+        times,
+        num_tokens=num_micro_batches * SEQ_LENGTH,
+        document_length=SEQ_LENGTH,
+        peak_gib=peak_gib(groups.device),
         loss=float(losses[-1]),
-    )  # fmt: skip
+    )

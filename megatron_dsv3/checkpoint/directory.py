@@ -22,11 +22,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_dsv3.checkpoint.headers import read_metadata
 from megatron_dsv3.checkpoint.manifest import (
     read_manifest,
-    sync_directory,
     without_files,
-    write_durably,
     wrong_sizes,
 )
+from megatron_dsv3.config.durable import sync, write_durably
 
 LATEST = "latest_checkpointed_iteration.txt"
 WEIGHTS = "weights"
@@ -113,7 +112,7 @@ def commit(incomplete: Path, step: int) -> Path:
     if target.exists():  # an ignored one, of the same step
         _drop(target)
     incomplete.rename(target)
-    sync_directory(folder)
+    sync(folder)
     write_durably(folder / LATEST, f"{step}\n")
     return target
 
@@ -180,7 +179,7 @@ def _finish_pruning(path: Path) -> Path:
     if target.exists():
         _drop(target)
     path.rename(target)
-    sync_directory(target.parent)
+    sync(target.parent)
     return target
 
 

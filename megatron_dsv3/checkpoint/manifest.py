@@ -5,12 +5,13 @@ so it costs what reading the file costs; each rank hashes what it has written, i
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import xxhash
+
+from megatron_dsv3.config.durable import write_durably
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron-dsv3 checkpoint 1"
@@ -120,23 +121,3 @@ def wrong_hashes(directory: Path, files: Mapping[str, FileRecord]) -> Iterator[s
             continue
         if found != record:
             yield f"{name} is damaged: hash {found.xxh3_128}, expected {record.xxh3_128}"
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all, and on the disk before its name is."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames in a directory last through a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_dsv3.checkpoint.manifest import write_durably
 from megatron_dsv3.checkpoint.saver import Saver
 from megatron_dsv3.commands.assemble import Engine, write_model
 from megatron_dsv3.commands.resume import Identity, own_state
+from megatron_dsv3.config.durable import write_durably
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.model.groups import SharedError
 from megatron_dsv3.train.loop import StepBatch

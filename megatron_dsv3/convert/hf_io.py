@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.durable import sync
 from megatron_dsv3.convert.fp8 import BLOCK, SCALE_SUFFIX, dequantize
 from megatron_dsv3.convert.hf_index import INDEX, SINGLE, listed, stored_tensors
 from megatron_dsv3.convert.mapping import Shape, expand, hf_copies
@@ -291,9 +292,9 @@ def staging_directory(directory: Path) -> Iterator[Path]:
     with explained(target):
         marker.unlink()
         for path in (*staging.iterdir(), staging):
-            _sync(path)
+            sync(path)
         staging.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def name_shards(directory: Path, shards: Sequence[Mapping[str, TensorInfo]]) -> None:
@@ -369,12 +370,3 @@ def _write_shard(path: Path, shard: Mapping[str, Tensor]) -> dict[str, TensorInf
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes an object, indented."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Brings a file, or the entries of a directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from megatron_dsv3.config.durable import sync, write_synced
 from megatron_dsv3.convert.hf_io import check_target
 from megatron_dsv3.convert.safetensors_file import explained
 
@@ -152,23 +153,6 @@ def _contents(path: Path) -> Iterator[memoryview]:
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             yield buffer[:count]
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Writes a small file that is on the disk when this returns."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Brings the entries of a directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_json(path: Path) -> Any:

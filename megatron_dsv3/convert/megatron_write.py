@@ -28,9 +28,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.durable import sync, write_synced
 from megatron_dsv3.convert.hf_index import listed
 from megatron_dsv3.convert.hf_io import copy_tokenizer_files
-from megatron_dsv3.convert.journal import Report, sync, write_synced
+from megatron_dsv3.convert.journal import Report
 from megatron_dsv3.convert.mapping import Shape, by_hf_name
 from megatron_dsv3.convert.megatron_io import BACKEND, COMMON, CONFIG, DCP_VERSION, INDEX
 from megatron_dsv3.convert.megatron_layout import Box, MegatronLayout, layouts

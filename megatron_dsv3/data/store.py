@@ -27,6 +27,7 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron_dsv3.config.durable import sync
 from megatron_dsv3.data.manifest import (
     MANIFEST,
     STORE_FILES,
@@ -294,11 +295,7 @@ def _put_in_place(unfinished: Path, directory: Path) -> None:
     # Not before: a writer that came in between would take the directory for its own and empty it.
     (directory / _LOCK).unlink()
     shutil.rmtree(replaced, ignore_errors=True)
-    parent = os.open(directory.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    sync(directory.parent)
 
 
 class _Part:

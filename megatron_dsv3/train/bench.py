@@ -188,18 +188,38 @@ def measure(case: Case, groups: Groups, *, num_steps: int = 10) -> Measured:
         )
     finally:
         free(prepared.step.chunks, prepared.step.optimizer)
-    return Measured(
-        name=case.name,
-        step_ms=statistics.median(times) * 1e3,
-        spread_ms=(max(times) - min(times)) * 1e3,
-        tokens_per_second=case.tokens_per_step / statistics.median(times),
-        tflops=case.tokens_per_step
-        * flops_per_token(case.arch, case.document_length)
-        / statistics.median(times)
-        / 1e12,
+    return summary(
+        case.name,
+        case.arch,
+        times,
+        num_tokens=case.tokens_per_step,
+        document_length=case.document_length,
         peak_gib=peak_gib(groups.device),
-        parameters=count_parameters(case.arch).total + count_parameters(case.arch).mtp,
         loss=losses[-1],
+    )
+
+
+def summary(
+    name: str,
+    arch: Architecture,
+    times: Sequence[float],
+    *,
+    num_tokens: int,
+    document_length: int,
+    peak_gib: float,
+    loss: float,
+) -> Measured:
+    """What steps of `num_tokens` in documents of one length took; `times` in seconds."""
+    seconds, counts = statistics.median(times), count_parameters(arch)
+    return Measured(
+        name=name,
+        step_ms=seconds * 1e3,
+        spread_ms=(max(times) - min(times)) * 1e3,
+        tokens_per_second=num_tokens / seconds,
+        tflops=num_tokens * flops_per_token(arch, document_length) / seconds / 1e12,
+        peak_gib=peak_gib,
+        parameters=counts.total + counts.mtp,
+        loss=loss,
     )
 
 
