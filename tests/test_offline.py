@@ -1,5 +1,6 @@
 """The engine of the offline converter: resumed, shared, refused, and what it leaves behind."""
 
+import mmap
 import os
 import random
 import shutil
@@ -62,7 +63,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(undisturbe
         process.communicate()
         assert not out.exists()
         kept = [path for path in staging.glob("file-*") if not path.name.endswith(".part")]
-    untouched = {path: path.stat().st_mtime_ns for path in kept}
+    # One that got its name, but was killed before the journal knew of it, is rightly made anew.
+    finished = [path for path in kept if (staging / ".journal" / f"{path.name}.json").exists()]
+    untouched = {path: path.stat().st_mtime_ns for path in finished}
     assert convert(Files(), out, budget=ONE).is_finished
     assert contents(out) == undisturbed
     assert untouched
@@ -241,7 +244,9 @@ def test_a_cap_below_what_workers_need_is_refused():
 
 def test_memory_grows_by_what_is_touched():
     before = resident_bytes([os.getpid()])
-    block = bytearray(80_000_000)
-    assert 75_000_000 < resident_bytes([os.getpid()]) - before < 90_000_000
-    del block
+    # Straight from the system: the heap of this process may have freed pages to give.
+    with mmap.mmap(-1, 80_000_000) as block:
+        for offset in range(0, len(block), mmap.PAGESIZE):
+            block[offset] = 1
+        assert 75_000_000 < resident_bytes([os.getpid()]) - before < 90_000_000
     assert resident_bytes([2**22 + 1]) == 0

@@ -35,4 +35,4 @@ def run(hf_dir: Path, job: Job, console: Console) -> None:
         samples = inputs.open_feed(groups, console).train.store
         check_parity(step, bridge, samples, job=job, hf_dir=hf_dir, console=console)
     if groups.rank == 0:
-        console.print(f"{hf_dir}: the model is transformers'", highlight=False)
+        console.print(f"{hf_dir}: the model is transformers'", highlight=False, soft_wrap=True)
