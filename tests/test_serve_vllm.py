@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -237,6 +238,7 @@ def _until(process: subprocess.Popen[str], text: str) -> list[str]:
     raise AssertionError(f"ended without {text!r}: {lines} {process.stderr.read()}")
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl, whose line is tried")
 def test_a_server_is_started_asked_and_ended_with_all_its_children(run, port, tmp_path):
     pids = tmp_path / "pids"
     process = run("--fake-load-seconds", "1", "--fake-pids", str(pids), "--name", "r1")
