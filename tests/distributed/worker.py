@@ -7,6 +7,7 @@ PLAN.json: {"hf_dir", "out", "cases": [Case...]}. For each case rank 0 writes
 `out/NAME/{gradients,weights}.safetensors` or the exported directory.
 """
 
+import gc
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.mistakes import MISTAKES
-from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +41,7 @@ from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import start, stop
+from megatron_dsv3.model.groups import leave_layout, start, stop
 from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
 from megatron_dsv3.train.step import TrainStep
 
@@ -227,8 +227,8 @@ def main() -> None:
             error.add_note(f"in case {case.name!r}")
             raise
         # The processes stay joined: a second rendezvous would meet the first one's addresses.
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
+        leave_layout()
+        gc.collect()  # a model is part of a cycle, and holds the groups that it was built in
     stop()
 
 
