@@ -67,7 +67,8 @@ class Run:
     gradients: dict[str, Tensor]
     """Of the first step, over their norm: only fp32 buffers are what is clipped, not a copy."""
     updates: dict[str, Tensor]
-    """Of all steps together, by Hugging Face's names."""
+    """Of the fp32 masters, by all steps together: bf16 weights would magnify a difference to the
+    size of their own rounding."""
     states: dict[str, list[State]] = field(repr=False)
     """Of the optimizer after the first step: moments, and masters where it keeps them."""
     activation_bytes: int
@@ -118,6 +119,7 @@ def train(groups: Groups, hf_dir: Path, **options: Any) -> Run:
     bridge.load(HFReader(hf_dir))
     wrapped = wrap(chunks, config, optimizer=section)
     optimizer = build_optimizer(section, wrapped, dtype=dtype)
+    before = _masters(optimizer, chunks[0])
     step = TrainStep(wrapped, optimizer, groups, mtp_loss_weight=0.3, experts=experts)
     results, gradients, states, peak, held = [], {}, {}, 0, 0
     for number in range(NUM_STEPS):
@@ -133,13 +135,23 @@ def train(groups: Groups, hf_dir: Path, **options: Any) -> Run:
             )
             states = _states(optimizer)
     step.settle()
-    before = hf_reference.read(hf_dir)
-    updates = {
-        name: tensor.cpu().float() - before[name].float()
-        for name, tensor in bridge.export(dtype=dtype)
-    }
+    updates = {n: master - before[n] for n, master in _masters(optimizer, chunks[0]).items()}
     losses, norms = [r.losses.main for r in results], [r.grad_norm for r in results]
     return Run(losses, norms, gradients, updates, states, peak, held)
+
+
+def _masters(optimizer: Any, model: torch.nn.Module) -> dict[str, Tensor]:
+    """On the host; before the first step some optimizers have none: the weights, then."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for part in optimizer.chained_optimizers:
+        for buffer in part.buffers:
+            for parameter in buffer.param_index_map:
+                started = len(part.optimizer.state) > 0
+                tensors = part._get_main_param_and_optimizer_states(parameter) if started else {}
+                master = tensors.get("param", parameter)
+                found[names[id(parameter)]] = master.detach().to("cpu", torch.float32).view(-1)
+    return {name: master.clone() for name, master in found.items()}
 
 
 def _unit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
