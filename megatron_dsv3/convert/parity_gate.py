@@ -3,8 +3,9 @@
 Each part of the reference (embedding, layer, head) gets the *live* model's own input to that part,
 so errors do not add up over the depth, one bound holds for every layer, and a part that differs is
 the one that is wrong. Equal parts on equal inputs make equal models; that the inputs are the live
-ones' outputs covers what passes between pipeline stages, too. Beside that the reference also runs
-on its own from the tokens on, and its loss is compared with the one that the trainer reports.
+ones' outputs covers what passes between pipeline stages, too. The loss that the trainer reports is
+compared with that of the reference's logits. Beside that the reference's main model runs on its own
+from the tokens on, to say how far rounding drives the two apart.
 
 Rounding may make a router choose another expert where two are nearly tied. So the reference takes
 the live model's choice, which must be its own wherever that is clear beyond rounding.
@@ -41,7 +42,7 @@ class Tolerance:
     rounding: float
     """The same over the norm of the whole vector: it is stored in that format."""
     loss: float
-    """Relative error of the loss of the whole model."""
+    """Relative error of the mean loss."""
     router_noise: float
     """Relative error of each product in a router's logits; decides which choices are clear. In bf16
     4e-3 was seen behind a residual stream, and 2.4e-2 for one in a hundred tokens of an MTP layer,
@@ -52,7 +53,7 @@ OUTLIER = 4.0
 """Rounding is not alike for all tokens: it counts most where attention is sharp."""
 TOLERANCES = {
     torch.float32: Tolerance(update=3e-5, rounding=1e-6, loss=1e-5, router_noise=4e-6),
-    torch.bfloat16: Tolerance(update=3e-2, rounding=4e-3, loss=2e-2, router_noise=2e-2),
+    torch.bfloat16: Tolerance(update=3e-2, rounding=4e-3, loss=2e-3, router_noise=2e-2),
 }
 
 
@@ -204,28 +205,33 @@ class _Walk:
         embedded = [self.layers.embed(d.tokens[shift:]) for d in self.documents]
         with self._live_choices(layer.module, choice_key(mtp_key(depth))) as choices:
             expected = [layer(e, h[: len(e)]) for e, h in zip(embedded, self.live, strict=True)]
-        self.free = [layer(e, h[: len(e)]) for e, h in zip(embedded, self.free, strict=True)]
         self.live = [h[:-shift] for h in self._take(mtp_key(depth))]
         files = f"model.layers.{self.layers.num_layers + depth}"
         self._compare(f"MTP layer {depth}", files, self.live, expected, choices=choices)
 
     @torch.no_grad()
     def logits(self, depth: int, head: nn.Module) -> float:
-        """Compares the live logits; returns the mean loss of the reference run on its own."""
+        """Compares the live logits; returns the mean loss of the reference's."""
         whole = self._take(logits_key(depth))
         live = [logits[: len(h)] for logits, h in zip(whole, self.live, strict=True)]
+        losses: list[Tensor] = []
+
+        def expected() -> Iterator[Tensor]:
+            for document, hidden in zip(self.documents, self.live, strict=True):
+                logits, labels = head(hidden), document.tokens[1 + depth :]
+                losses.append(F.cross_entropy(logits[: len(labels)], labels, reduction="none"))
+                yield logits
+
         name, files = ("MTP logits", "lm_head") if depth else ("logits", "model.norm, lm_head")
-        self._compare(name, files, live, (head(hidden) for hidden in self.live))
-        total, count, squares = 0.0, 0, torch.zeros(2, dtype=torch.float64)
-        for document, hidden, ours in zip(self.documents, self.free, live, strict=True):
-            logits, labels = head(hidden), document.tokens[1 + depth :]
-            total += F.cross_entropy(logits[: len(labels)], labels, reduction="sum").item()
-            count += len(labels)
-            pair = torch.stack([(ours - logits).norm(), logits.norm()])
-            squares += pair.double().square()
+        self._compare(name, files, live, expected())
         if depth == 0:
+            squares = torch.zeros(2, dtype=torch.float64)
+            for hidden, ours in zip(self.free, live, strict=True):
+                logits = head(hidden)
+                pair = torch.stack([(ours - logits).norm(), logits.norm()])
+                squares += pair.double().square()
             self.logits_error = float((squares[0] / squares[1]).sqrt())
-        return total / count
+        return torch.cat(losses).mean().item()
 
     def loss(self, name: str, live: float, reference: float) -> None:
         error = abs(live - reference) / abs(reference)
