@@ -175,7 +175,7 @@ def test_what_killed_processes_were_writing_does_not_stay(tmp_path):
         path.touch()
     journal.remove_drafts()
     assert set(mine.parent.glob("*.part")) == {mine, others}, (
-        "what runs, or runs elsewhere, goes on"
+        "what runs, here or elsewhere, goes on"
     )
 
 
