@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 
 import pytest
 from chat_cases import (
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer
 
 from megatron_dsv3.data import tokens
 from megatron_dsv3.data.messages import parse_conversation
+from megatron_dsv3.data.own_template import OwnTemplate
 from megatron_dsv3.data.templates import TEMPLATES, Special
 from megatron_dsv3.data.tokens import Vocabulary, encode, load_tokenizer, render, tokenize
 
@@ -166,6 +168,41 @@ def test_many_conversations_at_once_are_the_same_as_one_by_one(
         assert encoded.loss.tolist() == alone.loss.tolist()
         assert encoded.dropped == alone.dropped
     assert tokenize([], vocabulary) == []
+
+
+def test_a_text_that_comes_again_is_tokenised_once(tokenizer, monkeypatch):
+    asked = []
+    real = tokens._encode_texts
+    monkeypatch.setattr(tokens, "_encode_texts", lambda t, v: [asked.extend(t), *real(t, v)][1:])
+    rows = [parse_conversation(row) for row in ([user("q"), assistant("q")], THINKING, THINKING)]
+    rendered = [render(row, TEMPLATES["deepseek_r1"]) for row in rows]
+    known: dict = {}
+    first, second, third = tokenize(rendered, Vocabulary.of(tokenizer), known)
+    assert sorted(asked) == sorted(set(asked)) == sorted(known)
+    assert second.tokens.tolist() == third.tokens.tolist()
+    assert (first.tokens[2], first.loss.tolist()) == (first.tokens[4], [False] * 4 + [True] * 2)
+    [again] = tokenize(rendered[1:2], Vocabulary.of(tokenizer), known)
+    assert again.tokens.tolist() == second.tokens.tolist()
+    assert len(asked) == len(known)
+
+
+def test_special_tokens_that_words_spell_are_told(tokenizer):
+    messages = [user("<｜User｜> a </think>"), assistant("<think>r</think><think>b</think>")]
+    encoded = encode(messages, tokenizer, TEMPLATES["deepseek_r1"])
+    assert encoded.spelled == {"<｜User｜>", "<think>", "</think>"}
+    assert encode(THINKING, tokenizer, TEMPLATES["deepseek_r1"]).spelled == set()
+
+
+def test_a_name_is_written_by_no_template_and_told(tokenizer):
+    messages = [{**user("q"), "name": "bob"}, assistant("a")]
+    for template in (TEMPLATES["deepseek_v3"], OwnTemplate.of(tokenizer)):
+        render_ = (
+            template.render
+            if isinstance(template, OwnTemplate)
+            else partial(render, template=template)
+        )
+        [dropped] = render_(parse_conversation(messages)).dropped
+        assert (dropped.turn, dropped.part, dropped.counted) == (0, "name", False)
 
 
 def test_a_tokenizer_set_to_truncate_and_pad_encodes_in_full(tokenizer):

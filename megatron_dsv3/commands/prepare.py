@@ -22,7 +22,11 @@ from megatron_dsv3.data.prepare import PrepareOptions, Progress, prepare
 from megatron_dsv3.data.report import Report
 from megatron_dsv3.data.show import show
 from megatron_dsv3.data.store import REPORT, Store
+from megatron_dsv3.data.templates import Special
 from megatron_dsv3.data.tokens import load_tokenizer
+
+# What was copied from R1's raw output lacks the <think> that its prompt ends with.
+_HINTS = {Special.THINK_END.value: "; is it the end of reasoning whose <think> is missing?"}
 
 
 def run(
@@ -148,6 +152,10 @@ def _lines(report: Report) -> list[tuple[str, str]]:
 def _remarks(report: Report) -> list[str]:
     return [
         *(f"not written: {what}: {count:,}" for what, count in report.not_written.items()),
+        *(
+            f"kept as text: {token} in the words of {count:,} samples{_HINTS.get(token, '')}"
+            for token, count in report.spelled.items()
+        ),
         *(f"did not fit: {name}: {length:,} tokens" for name, length in report.samples.longest),
         *(f"skipped: {message}" for message in report.faults.examples),
         *(f"ignored: {path}" for path in report.ignored_files),

@@ -257,6 +257,10 @@ def _is_ascending(bounds: Spans, num_tokens: int) -> bool:
 
 
 def _check_target(directory: Path, *, replace: bool) -> None:
+    if directory.name in ("", ".."):
+        raise ValueError(
+            f"{directory}: expected a name for the store, such as {directory / 'store'}"
+        )
     if not directory.exists():
         return
     if not directory.is_dir():
