@@ -85,6 +85,7 @@ def test_a_run_says_what_it_kept_and_what_not_and_shows_samples(call, tmp_path):
         (["{file}", "--model", "{tmp}"], "tokenizer.json: not found; expected the tokenizer files"),
         ([], "error: no input: name chat files, or --show N to look into a store"),
         (["--show", "1"], "store: no such directory (no manifest.json); write it with"),
+        (["{file}", "--out", "{file}/store"], "a.jsonl/store.unfinished: Not a directory"),
         (["{bad}"], "bad.jsonl:1 (byte 0): messages: no assistant turn to learn from"),
     ],
 )

@@ -1,7 +1,8 @@
 """`megatron-dsv3 prepare`: from chat files to a store, with a report; or a look into a store."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -76,14 +77,24 @@ def run(
                 rate=progress.rows / elapsed,
             )
 
-        report = prepare(
-            paths, target, tokenizer=tokenizer, options=options, on_progress=on_progress
-        )
+        with _system_errors(target):
+            report = prepare(
+                paths, target, tokenizer=tokenizer, options=options, on_progress=on_progress
+            )
     console.print(report_table(report))
     for line in _remarks(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     _print_samples(target, tokenizer, console, num_shown)
     console.print(f"wrote {target}, report in {target / REPORT}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _system_errors(target: Path) -> Iterator[None]:
+    """A full disk, a file that may not be read: for a user to mend, so no traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{error.filename or target}: {error.strerror or error}") from error
 
 
 def look(
