@@ -145,6 +145,18 @@ def test_text_that_the_template_leaves_out_is_reported(tokenizer):
     assert encode(TOOL_LOOP, tokenizer, TEMPLATES["deepseek_v3_1"]).dropped == ()
 
 
+# Ends of words with all that may follow them, and special tokens' text across them.
+CUTS = (
+    "word a",
+    "word\n\n b",
+    "w  \n",
+    "x \u4f60\u597d\n",
+    "12 345",
+    "_ _",
+    "<｜User｜> <think>\n",
+    "é e\u0301 ",
+)
+
 # ---- Many at once, and the tokenizer ------------------------------------------------------------
 
 
@@ -168,6 +180,26 @@ def test_many_conversations_at_once_are_the_same_as_one_by_one(
         assert encoded.loss.tolist() == alone.loss.tolist()
         assert encoded.dropped == alone.dropped
     assert tokenize([], vocabulary) == []
+
+
+@property_test
+@given(pieces=st.lists(st.one_of(texts, st.sampled_from(CUTS)), min_size=4, max_size=60))
+def test_a_long_text_has_the_tokens_that_it_has_in_one_piece(tokenizer, plain_tokenizer, pieces):
+    text = "".join(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "_LONGEST_PART", 16)
+        parts = list(tokens._parts(text, tokenizer.backend_tokenizer))
+        [(_, encoded)] = tokens._encode_texts([text], Vocabulary.of(tokenizer))
+    assert "".join(parts) == text
+    assert encoded.ids.tolist() == plain_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_long_text_is_cut_where_it_can_be(tokenizer, monkeypatch):
+    backend = tokenizer.backend_tokenizer
+    monkeypatch.setattr(tokens, "_LONGEST_PART", 400)
+    words = "It is a word, 1234 of them.\n" * 200
+    assert max(map(len, tokens._parts(words, backend))) <= 400
+    assert list(tokens._parts("a" * 5000, backend)) == ["a" * 5000]
 
 
 def test_a_text_that_comes_again_is_tokenised_once(tokenizer, monkeypatch):

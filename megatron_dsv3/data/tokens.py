@@ -7,8 +7,10 @@ anything not to be learned doesn't count.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +29,11 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 _CHARACTERS_PER_CALL = 1 << 20
+_LONGEST_PART = 1 << 18
+# Where a long text may be cut, if the tokenizer agrees; how many are tried; how far it looks.
+_WORD_END = re.compile(r"\w(?=[ \n])")
+_MOST_PLACES = 100
+_AROUND = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +126,7 @@ def tokenize(
     texts = dict.fromkeys(
         s.piece for one in rendered for s in one.spans if isinstance(s.piece, str)
     )
-    new = [text for text in texts if text not in known]
-    known.update(zip(new, _encode_texts(new, vocabulary), strict=True))
+    known.update(_encode_texts([text for text in texts if text not in known], vocabulary))
     specials = {s.piece for one in rendered for s in one.spans if not isinstance(s.piece, str)}
     ids = {special: _special_ids(special, vocabulary) for special in specials}
     return [_join(one, known, ids, vocabulary) for one in rendered]
@@ -183,21 +189,55 @@ def _part_lengths(spans: Sequence[Span], pieces: Sequence[_Piece]) -> tuple[int,
     return num_by_part["reasoning"], num_by_part["answer"]
 
 
-def _encode_texts(texts: Sequence[str], vocabulary: Vocabulary) -> Iterator[Text]:
-    backend, added_ids = vocabulary.backend, frozenset(vocabulary.added.values())
+def _encode_texts(texts: Sequence[str], vocabulary: Vocabulary) -> Iterator[tuple[str, Text]]:
+    backend = vocabulary.backend
     # A tokenizer.json may carry both, and other users of this object may have switched them on.
     backend.no_truncation()
     backend.no_padding()
-    for chunk in _chunks(texts):
-        encodings = backend.encode_batch_fast(chunk, add_special_tokens=False)
-        for text, encoding in zip(chunk, encodings, strict=True):
-            found = added_ids.intersection(ids := encoding.ids)
-            if found:
-                ids = [number for number, _ in _plain_tokens(text, backend)]
-            spelled = (
-                tuple(name for name, n in vocabulary.added.items() if n in found) if found else ()
-            )
-            yield Text(np.array(ids, np.int32), spelled)
+    for chunk in _chunks([text for text in texts if len(text) <= _LONGEST_PART]):
+        yield from zip(chunk, _encode_chunk(chunk, vocabulary), strict=True)
+    for text in (text for text in texts if len(text) > _LONGEST_PART):
+        chunks = _chunks(list(_parts(text, backend)))
+        parts = [part for chunk in chunks for part in _encode_chunk(chunk, vocabulary)]
+        spelled = dict.fromkeys(name for part in parts for name in part.spelled)
+        yield text, Text(np.concatenate([part.ids for part in parts]), tuple(spelled))
+
+
+def _encode_chunk(texts: list[str], vocabulary: Vocabulary) -> Iterator[Text]:
+    added_ids = frozenset(vocabulary.added.values())
+    encodings = vocabulary.backend.encode_batch_fast(texts, add_special_tokens=False)
+    for text, encoding in zip(texts, encodings, strict=True):
+        found = added_ids.intersection(ids := encoding.ids)
+        if found:
+            ids = [number for number, _ in _plain_tokens(text, vocabulary.backend)]
+        spelled = tuple(name for name, n in vocabulary.added.items() if n in found) if found else ()
+        yield Text(np.array(ids, np.int32), spelled)
+
+
+def _parts(text: str, backend: Any) -> Iterator[str]:
+    """A long text, cut where its tokens are cut anyway: the tokenizer takes 100 bytes for each."""
+    start = 0
+    while len(text) - start > _LONGEST_PART:
+        ends = _WORD_END.finditer(text, start + _LONGEST_PART // 2, start + _LONGEST_PART)
+        places = (match.end() for match in islice(ends, _MOST_PLACES))
+        place = next((place for place in places if _is_between_words(text, place, backend)), None)
+        if place is None:
+            break
+        yield text[start:place]
+        start = place
+    yield text[start:]
+
+
+def _is_between_words(text: str, place: int, backend: Any) -> bool:
+    """Whether the tokenizer parts the text here, whatever else is in it.
+
+    What surrounds the place decides: tokenizers' patterns look no further from the end of a word.
+    """
+    around = text[max(0, place - _AROUND) : place + _AROUND]
+    if backend.normalizer is not None and backend.normalizer.normalize_str(around) != around:
+        return False
+    words = backend.pre_tokenizer.pre_tokenize_str(around) if backend.pre_tokenizer else ()
+    return any(begin == min(_AROUND, place) for _, (begin, _) in words)
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
