@@ -22,6 +22,8 @@ REQUIREMENTS = Path(__file__).with_name("vllm-requirements.txt")
 INSTALL_SECONDS = 420
 # vLLM imports them where they are there, and they demand a torch of their own.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+ON_CPU = ("--dtype", "float32", "--enforce-eager", "--attention-backend", "CPU_MLA")
+"""Flags of vLLM with which it computes as transformers does."""
 SERVING = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "HF_HUB_OFFLINE": "1",
@@ -137,6 +139,22 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def started(command: Sequence[str], **options) -> Iterator[subprocess.Popen[str]]:
+    """A process that writes to one pipe; at the end SIGTERM, by which it ends its own children."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    process = subprocess.Popen(command, text=True, **pipes, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.communicate(timeout=90)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def read_until(process: subprocess.Popen[str], text: str, seconds: float) -> list[str]:

@@ -13,13 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from environment import ROOT, SERVING, apt_install, free_port, read_until, run_within, vllm_python
+from environment import (
+    ON_CPU,
+    ROOT,
+    SERVING,
+    apt_install,
+    free_port,
+    read_until,
+    run_within,
+    started,
+    vllm_python,
+)  # fmt: skip
 
 from megatron_dsv3.serve.client import ask, is_ready
 
 SLURM = Path(__file__).with_name("slurm.sh")
 READY_SECONDS = 180
-ON_CPU = ("--dtype", "float32", "--enforce-eager", "--attention-backend", "CPU_MLA")
 
 
 @pytest.fixture
@@ -179,11 +188,8 @@ def test_pdsh_serves_over_two_hosts_and_a_signal_ends_all(ssh, models, options, 
     options |= {"--api-key-file": str(key)}
     script = str(ROOT / "examples" / "serve_dsv3_pdsh.sh")
     command = ["bash", script, "127.0.0.1,localhost", str(hf_dir), *_words(options)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ssh
-    )
     url = f"http://127.0.0.1:{options['--port']}"
-    try:
+    with started(command, env=ssh) as process:
         lines = read_until(process, "curl ", 2 * READY_SECONDS)
         assert is_ready(url), "".join(lines)[-4000:]
         assert len(_servers(hf_dir)) >= 2
@@ -194,9 +200,6 @@ def test_pdsh_serves_over_two_hosts_and_a_signal_ends_all(ssh, models, options, 
         assert process.returncode == 0, rest[-3000:]
         assert _servers(hf_dir) == []
         assert not list(Path("/tmp").glob(f"serve-dsv3-*-{process.pid}.*"))
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_the_pdsh_script_quotes_what_it_hands_to_hosts(ssh, tmp_path):

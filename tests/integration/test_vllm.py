@@ -6,7 +6,6 @@ With what `serve check` says of three planted mistakes, and what vLLM makes of e
 import json
 import os
 import signal
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from environment import ROOT, SERVING, free_port, read_until, run_within, vllm_python
+from environment import (
+    ON_CPU,
+    ROOT,
+    SERVING,
+    free_port,
+    read_until,
+    run_within,
+    started,
+    vllm_python,
+)
 from safetensors.torch import load_file, save_file
 
 from megatron_dsv3.serve.client import ask
@@ -29,7 +37,6 @@ FP32_TOLERANCE = 1e-5
 LOOSE = {"bf16": 0.5, "fp8": 1.0}
 MTP = "model.layers.3."
 MTP_ON_CPU = '{"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}'
-ON_CPU = ("--dtype", "float32", "--enforce-eager", "--attention-backend", "CPU_MLA")
 
 
 # Without AMX tiles vLLM has no kernel for FP8 blocks on CPUs, and torch multiplies them instead.
@@ -218,23 +225,12 @@ def server(python, models) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "megatron_dsv3.cli", "serve", "run"]
     command += [str(models / "fp32"), "--python", python, "--port", str(port), "--name", "small"]
-    command += [
-        "--max-model-len",
-        "128",
-        "--ready-seconds",
-        str(READY_SECONDS),
-        "--speculative",
-        MTP_ON_CPU,
-    ]
+    command += ["--max-model-len=128", f"--ready-seconds={READY_SECONDS}", *ON_CPU]
+    command += ["--speculative", MTP_ON_CPU]
     environment = os.environ | SERVING | {"VLLM_API_KEY": "secret", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*command, *ON_CPU], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=environment,
-    )  # fmt: skip
-    try:
+    with started(command, env=environment) as process:
         lines = read_until(process, "curl ", 2 * READY_SECONDS)
-        assert lines, "".join(lines)
-        assert lines[-1].startswith("curl "), "".join(lines)[-3000:]
+        assert "curl " in "".join(lines[-1:]), "".join(lines)[-3000:]
         yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGTERM)
         rest = process.communicate(timeout=60)[0]
@@ -242,9 +238,6 @@ def server(python, models) -> Iterator[str]:
         assert "SIGTERM: ending the server" in rest
         assert any(line.startswith("ready after ") for line in lines)
         assert any("tokens/s" in line for line in lines)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_reasoning_and_answer_come_apart(server):
