@@ -3,6 +3,7 @@
 import fnmatch
 import importlib.util
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -75,8 +76,8 @@ def build_of(tmp_path):
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
         script = str(ROOT / "docker" / "gpu_libraries.sh")
-        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LIBRARIES": present}
-        words = ["bash", script, *commits]
+        environment = {"PATH": str(tmp_path), "LIBRARIES": present}
+        words = [shutil.which("bash"), script, *commits]
         return subprocess.run(
             words, env=environment, capture_output=True, text=True, check=True
         ).stdout
