@@ -19,6 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = Path(__file__).with_name("vllm-requirements.txt")
+POLICY = Path("/usr/sbin/policy-rc.d")
+"""Asked by Debian's packages whether they may start their services."""
 INSTALL_SECONDS = 420
 # The torch that vLLM for CPUs pins is on no index but this; asked where pip's own settings fail.
 TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
@@ -57,7 +59,7 @@ def apt_install(*programs: tuple[str, str]) -> None:
 
 
 def _is_there(program: str) -> bool:
-    if not program.endswith(".so.1"):
+    if ".so." not in program:
         return shutil.which(program) is not None
     try:
         ctypes.CDLL(program)
@@ -69,16 +71,15 @@ def _is_there(program: str) -> bool:
 @contextmanager
 def _no_services() -> Iterator[None]:
     """Tells Debian's packages to start nothing, unless somebody has told them something already."""
-    policy = Path("/usr/sbin/policy-rc.d")
-    if policy.exists():
+    if POLICY.exists():
         yield
         return
-    policy.write_text("#!/bin/sh\nexit 101\n")
-    policy.chmod(0o755)
+    POLICY.write_text("#!/bin/sh\nexit 101\n")
+    POLICY.chmod(0o755)
     try:
         yield
     finally:
-        policy.unlink(missing_ok=True)
+        POLICY.unlink(missing_ok=True)
 
 
 def run_within(seconds: float, command: Sequence[str], **options) -> subprocess.CompletedProcess:
