@@ -22,7 +22,7 @@ REQUIREMENTS = Path(__file__).with_name("vllm-requirements.txt")
 POLICY = Path("/usr/sbin/policy-rc.d")
 """Asked by Debian's packages whether they may start their services."""
 INSTALL_SECONDS = 420
-# The torch that vLLM for CPUs pins is not on PyPI; asked for where pip's own settings do not know it.
+# The torch that vLLM for CPUs pins is not on PyPI; asked for where pip's own settings lack it.
 TORCH_FOR_CPUS = ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
 # vLLM imports them where they are there, and they demand a torch of their own.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
@@ -122,11 +122,9 @@ def vllm_python() -> str:
 
 def _pythons() -> list[str]:
     """Those that may run vLLM, the one that most of its wheels are for first."""
-    others = sorted(map(str, Path.home().glob(".pyenv/versions/3.11*/bin/python")))
-    return [
-        *filter(None, ["/usr/bin/python3.11", *others, shutil.which("python3.11")]),
-        sys.executable,
-    ]
+    # Not by PATH alone: shims of version managers are there, and may not run.
+    managed = sorted(map(str, Path.home().glob(".pyenv/versions/3.11*/bin/python")))
+    return ["/usr/bin/python3.11", *managed, "python3.11", sys.executable]
 
 
 def _name_it_vllm(directory: Path) -> None:

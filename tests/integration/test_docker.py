@@ -1,8 +1,8 @@
 """Both images, built by a real Docker engine on stand-ins for their bases.
 
-A stand-in carries the real one's name and, like it, Python 3.12 and torch, or vLLM: Debian with
-the test environment copied in, and in vLLM's place a stand-in. It says nothing about NVIDIA's or vLLM's image, GPUs,
-NCCL or Transformer Engine.
+A stand-in carries the real one's name and, like it, Python 3.12 and torch: Debian with the test
+environment copied in; in vLLM's place is a server that answers as it does. It says nothing about
+NVIDIA's or vLLM's image, GPUs, NCCL or Transformer Engine.
 """
 
 import os
@@ -24,6 +24,7 @@ LIBRARIES = (
     *("ca-certificates", "libssl3", "libffi8", "zlib1g", "libbz2-1.0", "liblzma5", "libgomp1"),
     *("libsqlite3-0", "libstdc++6", "libuuid1", "libexpat1", "libreadline8", "git"),
 )
+PACKAGES = f"/usr/local/lib/python3.{sys.version_info.minor}/site-packages"
 # The stand-in has no cache of libraries, for which its own ldconfig would have to run.
 LOADER = ("--change", "ENV LD_LIBRARY_PATH=/usr/local/lib")
 TESTS = ("test_architecture", "test_mapping", "test_fp8", "test_job", "test_chat", "test_local")
@@ -105,7 +106,7 @@ def serving_image(docker, image, tmp_path_factory) -> str:
         "import sys\nfrom vllm.entrypoints.cli import fake\n"
         'sys.argv[1:1] = ["-m", "vllm.entrypoints.cli.main"]\nfake.main()\n'
     )
-    base = f"FROM {_base()}\nCOPY vllm /usr/local/lib/python3.12/site-packages/vllm\n"
+    base = f"FROM {_base()}\nCOPY vllm {PACKAGES}/vllm\n"
     (context / "Dockerfile").write_text(base)
     made = docker("build", "--tag", _base("Dockerfile.serve"), str(context))
     assert made.returncode == 0, made.stderr
@@ -139,7 +140,7 @@ def _run(docker: Docker, image: str, *command: str, options: tuple[str, ...] = (
 
 
 def test_a_base_without_torch_is_refused_and_told(docker, image, tmp_path):
-    bare = f"FROM {_base()}\nRUN rm -rf /usr/local/lib/python3*/site-packages/torch*\n"
+    bare = f"FROM {_base()}\nRUN rm -rf {PACKAGES}/torch*\n"
     (tmp_path / "Dockerfile").write_text(bare)
     made = docker("build", "--network", "host", "--tag", "bare", str(tmp_path))
     assert made.returncode == 0, made.stderr
