@@ -227,7 +227,13 @@ def serve_run(
     name: Annotated[
         str | None, typer.Option(help="Name of the model in requests; by default the directory's.")
     ] = None,
-    max_model_len: Annotated[int, typer.Option(help="Tokens of prompt and answer.")] = 32768,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of prompt and answer; by default 32768, or what a shorter model takes.",
+            show_default=False,
+        ),
+    ] = None,
     reasoning_parser: Annotated[str, typer.Option(help="vLLM's, or none.")] = "deepseek_r1",
     tool_parser: Annotated[
         str, typer.Option(help="vLLM's: deepseek_v3, deepseek_v31, or none.")
