@@ -25,6 +25,7 @@
 #   --warn-seconds N      before the limit, to save in (300)
 #   --sbatch OPTION       any other of sbatch's, such as --sbatch --partition=gpu; may be repeated
 #   --no-preflight        start without checking the nodes
+#   --here                on this machine, even if there is slurm
 #   --dry-run             print what would be submitted and run
 #
 # Each option may be given as a variable: DSV3_NODES=16. Settings of the job replace those of its file.
@@ -57,6 +58,8 @@ launch() {
         return
     fi
     n=$(count "$hosts")
+    [[ $hosts != HOSTS ]] || n=${opt[nodes]} # a dry run
+    [[ $hosts != HOST ]] || n=1
     local srun=(srun --nodes="$n" --ntasks="$n" --ntasks-per-node=1 --nodelist="$hosts" --cpu-bind=none
         --export=ALL --unbuffered)
     # When a rank's node fails, the others wait for it: end them. A node's report is its own affair.
@@ -107,6 +110,7 @@ on_this_machine() {
         [[ $found -ge ${opt[gpus_per_node]} ]] || die "--gpus-per-node ${opt[gpus_per_node]}: this machine has $found; 0 takes CPUs"
     fi
     [[ -n ${opt[port]} ]] || opt[port]=29500
+    make_run
     export DSV3_HOST=localhost
     keep_training "$DSV3_HOST"
 }
@@ -114,7 +118,9 @@ on_this_machine() {
 main() {
     read_options "$@"
     in_slurm=""
-    if [[ -n ${SLURM_JOB_ID-} ]]; then
+    if [[ -n $here_only ]]; then
+        on_this_machine
+    elif [[ -n ${SLURM_JOB_ID-} ]]; then
         in_slurm=yes
         make_run
         in_allocation
@@ -123,7 +129,6 @@ main() {
         submit
         show_what_follows
     else
-        make_run
         on_this_machine
     fi
 }
@@ -133,7 +138,7 @@ show_what_follows() {
     [[ -n $dry_run ]] || return 0
     in_slurm=yes
     [[ -n ${opt[port]} ]] || opt[port]=PORT
-    echo "# in the job, where HOSTS are its nodes, and PORT depends on its number:"
+    echo "# in the job, where HOSTS are its nodes, HOST is one of them, and PORT depends on its number:"
     keep_training HOSTS
 }
 

@@ -13,7 +13,7 @@ declare -A opt=(
     [container]="" [image]="" [mounts]="" [python]="" [nccl]="$home/examples/nccl.env"
     [port]="" [time]="" [warn_seconds]=300
 )
-overrides=() sbatch=() dry_run="" preflight=yes
+overrides=() sbatch=() dry_run="" here_only="" preflight=yes
 stop="" child="" reminder=""
 
 die() {
@@ -41,6 +41,7 @@ read_options() {
         case $1 in
         -h | --help) usage 0 ;;
         --dry-run) dry_run=yes ;;
+        --here) here_only=yes ;;
         --no-preflight) preflight="" ;;
         --sbatch)
             [[ $# -ge 2 ]] || die "--sbatch: expected an option of sbatch"
@@ -66,6 +67,8 @@ read_options() {
     done
     check_options
     locate_run
+    # A container brings its own.
+    [[ -n ${opt[container]} ]] || export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 }
 
 check_options() {
@@ -262,6 +265,7 @@ check_hosts() {
     [[ -n $preflight ]] || return 0
     local all=$hosts needed before slow=0
     needed=$(($(count "$all") - opt[spares]))
+    [[ -z $dry_run ]] || needed=${opt[nodes]}
     # What the nodes say of themselves, which of them are taken, and how fast they reach each other.
     job_words preflight
     local job=("${words[@]}") reports=$run/preflight
@@ -269,9 +273,8 @@ check_hosts() {
     [[ -n $dry_run ]] || mkdir -p "$reports"
     launch "$all" alone "${job[@]}" --step report --dir "$reports" --node @node || true
     [[ -z $stop ]] || return 0
-    local first=$all
+    local first=HOST
     [[ -n $dry_run ]] || first=$(first_report "$all" "$reports") || return 2
-    [[ -n $dry_run ]] || first=${first%%,*}
     while true; do
         launch "$first" alone "${job[@]}" --step choose --dir "$reports" --nodes "$all" --needed "$needed" || return $?
         [[ -n $dry_run ]] || hosts=$(<"$reports/nodes")
