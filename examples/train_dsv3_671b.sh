@@ -24,6 +24,8 @@
 #   --time LIMIT          as sbatch takes it; default: the partition's
 #   --warn-seconds N      before the limit, to save in (300)
 #   --sbatch OPTION       any other of sbatch's, such as --sbatch --partition=gpu; may be repeated
+#   --floor GB/S          pre-flight: least rate of a rank to other nodes (10 of GPUs)
+#   --floor-inside GB/S   within a node (100 of GPUs)
 #   --no-preflight        start without checking the nodes
 #   --here                on this machine, even if there is slurm
 #   --dry-run             print what would be submitted and run

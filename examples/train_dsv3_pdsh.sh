@@ -18,6 +18,8 @@
 #   --python PYTHON       on the hosts (.venv's, if there is one; else python3)
 #   --nccl FILE           settings of the network (examples/nccl.env)
 #   --port PORT           where ranks meet, on the first host (29500)
+#   --floor GB/S          pre-flight: least rate of a rank to other nodes (10 of GPUs)
+#   --floor-inside GB/S   within a node (100 of GPUs)
 #   --no-preflight        start without checking the hosts
 #   --dry-run             print what would be run
 #

@@ -11,7 +11,7 @@ declare -A opt=(
     [nodes]=32 [gpus_per_node]=8 [processes]="" [spares]=0
     [job]="$home/examples/sft_671b.yaml" [model]="" [data]="" [runs]="$PWD/runs" [name]=sft-671b
     [container]="" [image]="" [mounts]="" [python]="" [nccl]="$home/examples/nccl.env"
-    [port]="" [time]="" [warn_seconds]=300
+    [port]="" [time]="" [warn_seconds]=300 [floor]="" [floor_inside]=""
 )
 overrides=() sbatch=() dry_run="" here_only="" preflight=yes
 stop="" child="" reminder=""
@@ -280,7 +280,8 @@ check_hosts() {
         [[ -n $dry_run ]] || hosts=$(<"$reports/nodes")
         [[ -z $stop ]] || return 0
         local code=0
-        launch "$hosts" ranks "$hosts" "${job[@]}" --step links --dir "$reports" --nodes "$hosts" || code=$?
+        launch "$hosts" ranks "$hosts" "${job[@]}" --step links --dir "$reports" --nodes "$hosts" \
+            ${opt[floor]:+--floor="${opt[floor]}"} ${opt[floor_inside]:+--floor-inside="${opt[floor_inside]}"} || code=$?
         [[ -n $dry_run || $code -ne 0 ]] || return 0
         # Nodes with slow links have left a file; spares may take their place.
         [[ -z $stop ]] || return 0

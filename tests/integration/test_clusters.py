@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from environment import ROOT, SERVING, apt_install, free_port, vllm_python
+from environment import ROOT, SERVING, apt_install, free_port, stand_in_ssh, vllm_python
 
 from megatron_dsv3.serve.client import ask, is_ready
 
@@ -141,16 +141,7 @@ def test_a_host_that_fails_is_the_pdsh_scripts_failure(ssh):
 def ssh(tmp_path) -> dict[str, str]:
     """Environment whose ssh runs here what it is told to run elsewhere, without the terminal."""
     apt_install(("pdsh", "pdsh"), ("curl", "curl"))
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    script = folder / "ssh"
-    # As ssh does: the words joined, for a shell, which outlives a connection that breaks.
-    script.write_text(
-        '#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 255\nshift 3\n'
-        'exec setsid --wait sh -c "$*"\n'
-    )
-    script.chmod(0o755)
-    return _environment(PATH=f"{folder}:{os.environ['PATH']}")
+    return _environment(PATH=stand_in_ssh(tmp_path / "bin"))
 
 
 def test_pdsh_serves_over_two_hosts_and_a_signal_ends_all(ssh, models, options, tmp_path):

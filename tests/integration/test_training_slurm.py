@@ -12,37 +12,16 @@ from pathlib import Path
 
 import pytest
 from environment import ROOT, apt_install, free_port
-from safetensors.torch import load_file
+from training import assert_same, options, write_inputs
 
 SLURM = Path(__file__).with_name("slurm.sh")
 SCRIPT = ROOT / "examples" / "train_dsv3_671b.sh"
 PATIENCE_S = 240
-WRITE_INPUTS = """
-import sys
-from pathlib import Path
-from small_job import write_chats, write_job, write_model
-
-place = Path(sys.argv[1])
-model = write_model(place / "model", hidden_size=16, kv_lora_rank=8, q_lora_rank=8)
-write_job(
-    place, model, write_chats(place / "chats.jsonl"),
-    train={"global_batch_size": 4, "num_epochs": 12},
-    checkpoint={"every_steps": 2},
-    parallel={"ep_size": 2},
-    experts={"bias": "update"},
-)
-"""
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """Model, chats and job of 18 steps."""
-    place = tmp_path_factory.mktemp("inputs")
-    paths = [str(ROOT), str(ROOT / "tests")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-W", "ignore", "-c", WRITE_INPUTS, str(place)]
-    subprocess.run(command, check=True, env=environment, timeout=120)
-    return place
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +47,7 @@ class Runs:
         self.inputs, self.runs, self.environment = inputs, runs, environment
 
     def command(self, name: str, *words: str) -> list[str]:
-        own = ["--gpus-per-node=0", "--job", str(self.inputs / "job.yaml"), "--name", name]
-        own += ["--runs", str(self.runs), "--python", sys.executable]
-        return ["bash", str(SCRIPT), *own, *words]
+        return ["bash", str(SCRIPT), *options(self.inputs, self.runs, name), *words]
 
     def submit(self, name: str, *words: str) -> str:
         """Number of the job."""
@@ -106,10 +83,7 @@ class Runs:
             time.sleep(0.2)
 
     def assert_same(self, name: str, reference: Path) -> None:
-        ours = load_file(self.runs / name / "model" / "model.safetensors")
-        theirs = load_file(reference / "model.safetensors")
-        assert ours.keys() == theirs.keys()
-        assert [key for key in ours if not ours[key].equal(theirs[key])] == []
+        assert_same(self.runs / name / "model", reference)
 
 
 @pytest.fixture(scope="module")
