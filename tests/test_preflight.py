@@ -13,7 +13,7 @@ from small_job import write_chats, write_job, write_model
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.config.job import load_job
 from megatron_dsv3.launch.links import Floors, node_rates, slowest_groups
-from megatron_dsv3.launch.needs import Needs, bytes_in, needs_of
+from megatron_dsv3.launch.needs import Needs, bytes_in, decimal, needs_of
 from megatron_dsv3.launch.node_report import Device, Disk, NodeReport, read_report, write_report
 from megatron_dsv3.launch.samples import WHOLE, model_files, sampled_hash
 from megatron_dsv3.launch.verdict import Wanted, choose, judge
@@ -92,7 +92,7 @@ def test_memory_of_the_host_is_asked_for_by_node():
 def test_disks_are_added_up_where_they_are_one():
     needs = Needs(checkpoint=0, checkpoints=6 * 10**12, output=5 * 10**12, host=0)
     one = _problems(wanted=Wanted(needs, {}, 3))["a"]
-    assert "/ckpt, /ckpt: 10.00 TB free, but checkpoints and output will take 11.00 more" in one[0]
+    assert "/ckpt, /ckpt: 10 TB free, but checkpoints and output will take 11 TB more" in one[0]
     other = Disk(folder="/out", free=10**13, device=2, writable=True)
     apart = _report("b", disks={"checkpoints": _report("b").disks["checkpoints"], "output": other})
     assert _problems(apart, wanted=Wanted(needs, {}, 3))["b"] == []
@@ -155,6 +155,11 @@ def test_the_671b_takes_what_its_parameters_take(tmp_path):
     assert needs.output == (trained + 2 * 129280 * 7168) * 2 * 4
     assert needs.host == without * 6
     assert needs_of(_job(tmp_path, checkpoint={"every_steps": None}), DEEPSEEK_V3).checkpoints == 0
+
+
+def test_sizes_are_told_in_decimal_units():
+    sizes = {0: "0 B", 999: "999 B", 9_556_910_612_480: "9.557 TB", 10**15: "1,000 TB"}
+    assert {size: decimal(size) for size in sizes} == sizes
 
 
 # ---- hashes -------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ alone() {
 }
 
 ranks() {
-    local hosts node_rank=0 host found=""
+    local hosts node_rank=0 host found="" own=$logs/torchrun_$name.log
     IFS=, read -ra hosts <<<"$1"
     shift
     for host in "${hosts[@]}"; do
@@ -49,15 +49,18 @@ ranks() {
     # Ignored from the start, ranks that still load included: they take both over once they can save.
     (
         trap '' USR1 TERM
-        DSV3_HOST=$name exec "${torchrun[@]}" --no-python bash "$0" "${common[@]}" rank "$@"
+        # Its long account of each stop goes to a log of its own; ranks write to theirs.
+        DSV3_HOST=$name exec "${torchrun[@]}" --no-python bash "$0" "${common[@]}" rank "$@" 2>>"$own"
     ) &
     local agent=$! code
     trap 'tell_ranks "$agent"' USR1 TERM
     while true; do
         code=0
         wait "$agent" || code=$?
-        kill -0 "$agent" 2>/dev/null || exit "$code"
+        kill -0 "$agent" 2>/dev/null || break
     done
+    [[ $code -eq 0 ]] || echo "$name: ranks ended with exit code $code: $own and rank_*.log beside it" >&2
+    exit "$code"
 }
 
 tell_ranks() {

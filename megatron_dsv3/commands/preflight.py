@@ -22,7 +22,7 @@ from megatron_dsv3.config.durable import write_durably
 from megatron_dsv3.config.job import Job
 from megatron_dsv3.launch.links import DEFAULT_FLOORS, Floors, Links, measure_links
 from megatron_dsv3.launch.local import local_facts
-from megatron_dsv3.launch.needs import bytes_in, needs_of
+from megatron_dsv3.launch.needs import bytes_in, decimal, needs_of
 from megatron_dsv3.launch.node_report import NodeReport, read_report, report_node, write_report
 from megatron_dsv3.launch.verdict import Wanted, choose, judge
 from megatron_dsv3.model import cpu
@@ -33,7 +33,8 @@ CHOSEN = "nodes"
 MOST_SKEW_S = 1.0
 _PATIENCE_S = 30.0
 _TIMEOUT = timedelta(minutes=5)
-_GIB, _TB = 1 << 30, 10**12
+_GIB = 1 << 30
+_LOG_WIDTH = 140
 
 
 def run_local(console: Console) -> None:
@@ -219,7 +220,7 @@ def _show(
     wanted: Wanted,
     measured: Links | None,
 ) -> None:
-    table = Table(title="Pre-flight", caption=_caption(reports, wanted, measured))
+    table = Table(title="Pre-flight")
     headings = ("node", "GPUs", "memory", "/dev/shm", "disk", "clock", "link", "verdict")
     for heading in headings:
         table.add_column(heading, overflow="fold")
@@ -235,22 +236,26 @@ def _show(
             str(len(one.devices)),
             f"{one.memory_free / _GIB:,.0f} of {one.memory_total / _GIB:,.0f} GiB",
             f"{one.shm_free / _GIB:,.1f} GiB",
-            f"{one.disks['checkpoints'].free / _TB:,.2f} TB",
+            decimal(one.disks["checkpoints"].free),
             f"{measured.skew[node]:+.3f} s" if measured is not None and used else "",
             "" if rate is None else f"{rate:.2f} GB/s",
             verdict,
         )
-    console.print(table)
+    # A log has no width that the verdicts would have to fit into.
+    console.print(table, width=None if console.is_terminal else _LOG_WIDTH, crop=False)
+    for line in _lines(reports, wanted, measured):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _caption(
+def _lines(
     reports: Mapping[str, NodeReport | None], wanted: Wanted, measured: Links | None
-) -> str:
+) -> list[str]:
+    """What is no node's own."""
     needs = wanted.needs
     lines = [
-        f"checkpoints: {needs.checkpoint / _TB:,.3f} TB each, {needs.checkpoints / _TB:,.3f} TB at "
-        f"most; output {needs.output / _TB:,.3f} TB",
-        f"memory of hosts: {needs.host / wanted.num_nodes / _GIB:,.1f} GiB a node",
+        f"a checkpoint takes {decimal(needs.checkpoint)}, all that are kept "
+        f"{decimal(needs.checkpoints)}, the output {decimal(needs.output)}; "
+        f"memory of each host {needs.host / wanted.num_nodes / _GIB:,.1f} GiB"
     ]
     there = [one for one in reports.values() if one is not None]
     if there:
@@ -260,4 +265,4 @@ def _caption(
     if measured is not None:
         for kind, (rate, places) in measured.groups.items():
             lines.append(f"{kind}: slowest {rate:.2f} GB/s ({', '.join(places)})")
-    return "\n".join(lines)
+    return lines

@@ -57,6 +57,14 @@ def needs_of(job: Job, arch: Architecture) -> Needs:
     return Needs(full, kept, exported * exports, host)
 
 
+def decimal(size: int) -> str:
+    """Bytes as disks are sold: `9.557 TB`."""
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:,.4g} {units[0]}"
+
+
 def existing_part(path: Path) -> Path:
     """The path, or the nearest folder above it that is there: its disk will hold it."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_dsv3.launch.local import LEAST_SHM_GIB
-from megatron_dsv3.launch.needs import Needs
+from megatron_dsv3.launch.needs import Needs, decimal
 from megatron_dsv3.launch.node_report import NodeReport
 
 LEAST_FREE = 0.9
 """Share of a GPU's memory below which something else uses it."""
-_GIB, _TB = 1 << 30, 10**12
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _disk_problems(report: NodeReport, wanted: Wanted) -> list[str]:
         if free < needed:
             folders = ", ".join(report.disks[what].folder for what in kinds)
             problems.append(
-                f"{folders}: {free / _TB:,.2f} TB free, but {' and '.join(kinds)} will take "
-                f"{needed / _TB:,.2f} more; lower checkpoint.keep_last, or name another folder"
+                f"{folders}: {decimal(free)} free, but {' and '.join(kinds)} will take "
+                f"{decimal(needed)} more; lower checkpoint.keep_last, or name another folder"
             )
     return problems

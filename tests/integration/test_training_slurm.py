@@ -4,6 +4,7 @@ Each run ends with the weights of one that nothing disturbed. All nodes are this
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -117,7 +118,7 @@ def test_four_nodes_are_checked_and_train_to_the_end(runs):
         assert node in table
     assert table.count("fit") == 4
     assert "all-to-all of tokens (ep): slowest" in table
-    logs = sorted((runs.runs / "whole" / "logs").glob("*.log"))
+    logs = sorted((runs.runs / "whole" / "logs").glob("rank_*.log"))
     assert [path.name for path in logs] == [f"rank_{rank:05}.log" for rank in range(4)]
     assert "step 18/18" in logs[0].read_text()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
@@ -180,6 +181,32 @@ def test_a_cancelled_job_leaves_a_whole_checkpoint_and_stays_away(runs, undistur
     assert runs.wait_until_over(again, "cancelled") == "COMPLETED", runs.log("cancelled")[-6000:]
     assert f"after step {step}" in runs.log("cancelled")
     runs.assert_same("cancelled", undisturbed)
+
+
+def test_a_rank_that_dies_is_started_again_in_the_same_allocation(runs, undisturbed):
+    job = runs.submit("killed", "--nodes=2", "--no-preflight")
+    runs.wait_for("checkpoints/iter_0000002", "killed")
+    os.kill(_process_of_rank(1, runs.runs / "killed"), signal.SIGKILL)
+    assert runs.wait_until_over(job, "killed") == "COMPLETED", runs.log("killed")[-6000:]
+    log = runs.log("killed")
+    assert "failed after checkpoint" in log
+    assert "resumed from" in log
+    assert "start 2" not in log
+    runs.assert_same("killed", undisturbed)
+
+
+def _process_of_rank(rank: int, run: Path) -> int:
+    """The first of that rank's processes; its writers come after it."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_text().split("\0")
+            environment = (place / "environ").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if str(run / "job.yaml") in words and f"RANK={rank}" in environment:
+            found.append(int(place.name))
+    return min(found)
 
 
 def test_more_nodes_than_there_are_are_refused_by_slurm(runs):
