@@ -191,3 +191,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def stand_in_ssh(folder: Path) -> str:
+    """PATH with an ssh that runs here what it is told to run elsewhere, without the terminal."""
+    folder.mkdir()
+    script = folder / "ssh"
+    # As ssh does: the words joined, for a shell, which outlives a connection that breaks.
+    script.write_text(
+        '#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 255\nshift 3\n'
+        'exec setsid --wait sh -c "$*"\n'
+    )
+    script.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"

@@ -21,6 +21,7 @@ from environment import (
     free_port,
     read_until,
     run_within,
+    stand_in_ssh,
     started,
     vllm_python,
 )  # fmt: skip
@@ -170,16 +171,7 @@ def test_a_host_that_fails_is_the_pdsh_scripts_failure(ssh):
 def ssh(tmp_path) -> dict[str, str]:
     """Environment whose ssh runs here what it is told to run elsewhere, without the terminal."""
     apt_install(("pdsh", "pdsh"), ("curl", "curl"))
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    script = folder / "ssh"
-    # As ssh does: the words joined, for a shell, which outlives a connection that breaks.
-    script.write_text(
-        '#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 255\nshift 3\n'
-        'exec setsid --wait sh -c "$*"\n'
-    )
-    script.chmod(0o755)
-    return _environment(PATH=f"{folder}:{os.environ['PATH']}")
+    return _environment(PATH=stand_in_ssh(tmp_path / "bin"))
 
 
 def test_pdsh_serves_over_two_hosts_and_a_signal_ends_all(ssh, models, options, tmp_path):
