@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from megatron_dsv3.commands.bench_cli import bench
 from megatron_dsv3.config.job import load_job
 from megatron_dsv3.data.pipeline import History, OnBadRow, SampleOptions, TooLong
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 serve = typer.Typer(help="Serve an exported model with vLLM.", no_args_is_help=True)
 app.add_typer(serve, name="serve")
+app.command()(bench)
 USER_ERROR = 2
 JOB_SUFFIXES = (".yaml", ".yml")
 DIFFERENT = 1
