@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import MemorySection, OptimizerSection, PrecisionSection
@@ -36,6 +37,23 @@ PLAIN = KernelsSection(fused_rope=False, dense_single_documents=False)
 PACKED = KernelsSection(dense_single_documents=False)
 FUSED_LOSS = KernelsSection(fused_loss=True)
 FULL_VOCABULARY = slice_of_v3(vocab_size=129280)
+BF16_STATES = OptimizerSection(moments="bf16", gradients="bf16")
+
+
+def _whole(num_layers: int) -> Architecture:
+    """A whole model of DeepSeek-V3's shape, heads, words and MTP, for one card."""
+    return replace(
+        DEEPSEEK_V3,
+        num_layers=num_layers,
+        num_dense_layers=1,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        moe_ffn_hidden_size=768,
+        num_heads=16,
+        q_lora_rank=768,
+        num_experts=64,
+    )
+
 
 CASES = [
     Case(name="bf16 1x4k"),
@@ -72,6 +90,13 @@ CASES = [
     Case(
         name="bf16 4x4k vocabulary 129k fused loss", kernels=FUSED_LOSS,
         arch=FULL_VOCABULARY, num_micro_batches=4, memory=SELECTIVE, optimizer=BF16_MOMENTS,
+    ),
+    *(
+        Case(
+            name=f"whole model of {billions} B", arch=_whole(num_layers), num_micro_batches=4,
+            memory=FULL, optimizer=BF16_STATES, kernels=FUSED_LOSS,
+        )
+        for num_layers, billions in ((18, 6.3), (20, 7.0), (22, 7.6))
     ),
 ]  # fmt: skip
 
