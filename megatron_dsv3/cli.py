@@ -261,6 +261,17 @@ def preflight(
         command.links(settings, directory, names, console, floors)
 
 
+@app.command()
+def examples(
+    out: Annotated[Path, typer.Option(help="New or empty directory.", show_default=False)],
+) -> None:
+    """Write the jobs, scripts and the converter that come with this version, to start from."""
+    from megatron_dsv3.commands import examples as command
+
+    for path in command.run(out):
+        typer.echo(path)
+
+
 @serve.command("check")
 def serve_check(
     hf_dir: Annotated[Path, typer.Argument(help="Exported model.", show_default=False)],
