@@ -73,7 +73,7 @@ def test_the_key_may_come_from_vllms_variable(started, monkeypatch):
         (["serve", "run", "/none", "--python", "/none/python"], "cannot be run"),
         (["serve", "run", "/none", "--nodes", "2"], "nodes need --main-address"),
         (["serve", "smoke", "nowhere"], "expected http://HOST:PORT"),
-        (["preflight"], "expected --local"),
+        (["preflight"], "or --local for this machine"),
     ],
 )
 def test_a_mistake_ends_with_one_line_and_code_2(call, arguments, said):
