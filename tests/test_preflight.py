@@ -139,8 +139,9 @@ def test_the_671b_takes_what_its_parameters_take(tmp_path):
     needs = needs_of(job, DEEPSEEK_V3)
     assert needs.checkpoint == trained * 14
     assert needs.checkpoints == trained * 14 * 3
-    # Beside embedding and head of its own, which the published files hold too.
-    assert needs.output == (trained + 2 * 129280 * 7168) * 2
+    # MTP's copies of embedding and head, and the experts' biases in fp32, stand in the files too.
+    exported = (trained + 2 * 129280 * 7168) * 2 + 59 * 256 * 4
+    assert needs.output == exported
     assert needs.host == trained * 14
     job = _job(
         tmp_path,
@@ -152,7 +153,7 @@ def test_the_671b_takes_what_its_parameters_take(tmp_path):
     )  # fmt: skip
     needs, without = needs_of(job, DEEPSEEK_V3), 671_026_404_352
     assert needs.checkpoints == without * 14 * 2 + without * 2 * 2  # at 500 and 1000
-    assert needs.output == (trained + 2 * 129280 * 7168) * 2 * 4
+    assert needs.output == exported * 4
     assert needs.host == without * 6
     assert needs_of(_job(tmp_path, checkpoint={"every_steps": None}), DEEPSEEK_V3).checkpoints == 0
 
