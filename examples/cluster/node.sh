@@ -20,7 +20,7 @@ environment() {
     source "$nccl"
     : "${CUDA_DEVICE_MAX_CONNECTIONS:=1}" # tensor parallelism asks for it before Blackwell
     : "${PYTORCH_CUDA_ALLOC_CONF:=expandable_segments:True}"
-    : "${OMP_NUM_THREADS:=1}" "${HF_HUB_OFFLINE:=1}" "${TOKENIZERS_PARALLELISM:=false}"
+    : "${OMP_NUM_THREADS:=1}" "${HF_HUB_OFFLINE:=1}" "${TOKENIZERS_PARALLELISM:=false}" "${PYTHONWARNINGS:=ignore}"
     set +a
 }
 

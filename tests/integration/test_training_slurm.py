@@ -209,6 +209,24 @@ def _process_of_rank(rank: int, run: Path) -> int:
     return min(found)
 
 
+def test_a_node_that_cannot_start_is_named_and_a_spare_takes_its_place(runs, undisturbed):
+    python = runs.runs / "python_but_on_node1"
+    python.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" != node1 ] || exit 1\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    words = ("--nodes=1", "--processes=2", f"--python={python}", "--sbatch=--nodelist=node1")
+    alone = runs.submit("alone", *words)
+    assert runs.wait_until_over(alone, "alone") == "FAILED"
+    assert "pre-flight: none of node1 reported anything" in runs.log("alone")
+    assert "Placement" not in runs.log("alone")
+    job = runs.submit("spare", *words, "--spares=1")
+    assert runs.wait_until_over(job, "spare") == "COMPLETED", runs.log("spare")[-6000:]
+    assert "node1" in runs.log("spare")
+    assert "reported nothing; see what it wrote to the log" in runs.log("spare")
+    runs.assert_same("spare", undisturbed)
+
+
 def test_more_nodes_than_there_are_are_refused_by_slurm(runs):
     done = subprocess.run(
         runs.command("many", "--nodes=9"),
