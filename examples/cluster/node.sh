@@ -6,7 +6,8 @@
 #   node.sh ... rank WORDS...                                           one rank, into its own log
 #
 # The first of HOSTS (comma-separated) is where ranks meet. SIGUSR1 and SIGTERM go on to the ranks,
-# which save and stop; torchrun itself would pass the one on never and kill 30 s after the other.
+# which save and stop; torchrun itself would pass the one on never and kill 30 s after the other. SIGHUP ends
+# all at once.
 set -euo pipefail
 
 port=$1 processes=$2 logs=$3 nccl=$4 python=$5 action=$6
@@ -54,6 +55,7 @@ ranks() {
     ) &
     local agent=$! code
     trap 'tell_ranks "$agent"' USR1 TERM
+    trap 'kill -HUP "$agent"' HUP
     while true; do
         code=0
         wait "$agent" || code=$?
