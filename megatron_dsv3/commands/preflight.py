@@ -273,7 +273,8 @@ def _show(
             verdict,
         )
     # A log has no width that the verdicts would have to fit into.
-    console.print(table, width=None if console.is_terminal else _LOG_WIDTH, crop=False)
+    wide = console if console.is_terminal else Console(file=console.file, width=_LOG_WIDTH)
+    wide.print(table)
     for line in _lines(reports, wanted, measured):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
