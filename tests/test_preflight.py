@@ -270,6 +270,25 @@ def test_steps_leave_reports_and_a_choice(small, run, tmp_path):
     assert "n2: 0.1 GB/s" in run(*step, "--needed", 2)[2]
 
 
+def test_nodes_that_were_left_out_stay_in_the_table(small, run, tmp_path):
+    job = str(small / "job.yaml")
+    assert run("preflight", job, "--step", "report", "--dir", tmp_path, "--node", "n2")[0] == 0
+    (tmp_path / "n3.slow").write_text("0.1 GB/s\n")
+    for node in ("n1", "n3"):
+        report = read_report(tmp_path, "n2").model_copy(update={"node": node})
+        write_report(report, tmp_path)
+    first = tmp_path / "n1.json"
+    first.write_text(first.read_text().replace('"torch": "2.11.0', '"torch": "2.9'))
+    step = ("preflight", job, "--dir", tmp_path, "--step")
+    assert run(*step, "choose", "--nodes", "n1,n2,n3", "--needed", 1)[0] == 0
+    code, out, err = run(*step, "links", "--nodes", "n2")
+    assert code == 0, err
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("\u2502 n")}
+    assert "torch 2.9, but 2.11.0" in rows["n1"]
+    assert rows["n2"].split()[-2] == "fit"
+    assert "0.1 GB/s" in rows["n3"]
+
+
 def test_a_checkpoint_takes_what_was_said(small, run, tmp_path):
     """The bytes that a training really writes, but for its index and padding."""
     sections = {"checkpoint": {"every_steps": 1, "keep_last": 1}, "train": {"num_steps": 1,
