@@ -336,8 +336,10 @@ class OutputSection(Section):
 
     dir: UserPath
     """Where to; must not hold anything yet."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the weights; the expert bias is fp32 in either."""
+    dtype: Literal["bf16", "fp8", "fp32"] = "bf16"
+    """Of the weights; the expert bias is fp32 in each. fp8: in blocks as DeepSeek's own files,
+    rounded anew by rank 0, a minute for 45 GB of BF16; `tools/checkpoint/convert.py` does the same
+    in many processes, and keeps the bytes of blocks that were not trained."""
     shard_size_gb: Annotated[float, Field(gt=0), Unit("GB")] = 5.0
     """Largest size of a safetensors file, in GB of 10^9 bytes; a larger tensor has its own."""
 
