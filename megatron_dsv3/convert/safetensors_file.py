@@ -3,7 +3,9 @@
 The library's own `save_file` wants all tensors of a file in memory; `SafetensorsWriter` wants one.
 """
 
+import ctypes
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch import Tensor
 from megatron_dsv3.convert.direct_file import DirectFile, Part
 from megatron_dsv3.convert.mapping import Shape
 
+_LIBC = ctypes.CDLL(None)
 DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -67,6 +70,19 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: truncated or damaged ({error}); fetch it again") from None
+
+
+def read_ahead(tensor: Tensor, more_bytes: int) -> None:
+    """Has the system fetch a view of a mapped file, and what follows it there, in large requests.
+
+    Else each page that is touched and not in memory is waited for, with 128 KB around it.
+    """
+    madvise = getattr(_LIBC, "madvise", None)
+    if madvise is not None and hasattr(mmap, "MADV_WILLNEED"):
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = tensor.data_ptr() + tensor.nbytes + more_bytes
+        # Advice that is not taken changes nothing: beyond the file's end there is none to take.
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_WILLNEED)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
