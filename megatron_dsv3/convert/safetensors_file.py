@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dsv3.convert.direct_file import DirectFile, Part
 from megatron_dsv3.convert.mapping import Shape
+
+if TYPE_CHECKING:
+    from megatron_dsv3.convert.direct_file import Part
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
@@ -98,6 +100,9 @@ class SafetensorsWriter:
             path: The file; one that exists is overwritten.
             layout: Every tensor that will be written.
         """
+        # Imported here: those who only read, serving among them, may have no xxhash.
+        from megatron_dsv3.convert.direct_file import DirectFile
+
         self.path = path
         self._layout = dict(layout)
         self._missing = {name: info.nbytes for name, info in layout.items()}
