@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dsv3.convert.direct_file import DirectFile, Part
 from megatron_dsv3.convert.mapping import Shape
+
+if TYPE_CHECKING:
+    from megatron_dsv3.convert.direct_file import Part
 
 _LIBC = ctypes.CDLL(None)
 DTYPES: Mapping[str, torch.dtype] = {
@@ -114,6 +116,9 @@ class SafetensorsWriter:
             path: The file; one that exists is overwritten.
             layout: Every tensor that will be written.
         """
+        # Imported here: those who only read, serving among them, may have no xxhash.
+        from megatron_dsv3.convert.direct_file import DirectFile
+
         self.path = path
         self._layout = dict(layout)
         self._missing = {name: info.nbytes for name, info in layout.items()}
