@@ -1,7 +1,7 @@
 """What the planner's parts hand to each other: a workload, a card, bytes by stage, a step's times.
 
-Bytes are integers, times seconds, rates 10^12 operations or 10^9 bytes a second. A pipeline stage is
-all chunks that one pipeline rank holds.
+Bytes are integers, times seconds, rates 10^12 operations or 10^9 bytes a second. A pipeline stage
+is all chunks that one pipeline rank holds.
 """
 
 from collections.abc import Mapping
