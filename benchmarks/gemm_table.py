@@ -165,6 +165,7 @@ def main() -> None:
     """Measures all kinds and writes the table, one row a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--yaml", type=Path, required=True)
+    parser.add_argument("--card", default="h100-80gb", help="its name in plan/cards.yaml")
     parser.add_argument("--only", nargs="*", choices=list(KINDS), default=list(KINDS))
     arguments = parser.parse_args()
     # As training asks for it: the fall-back to unfused attention would be another kernel.
@@ -172,7 +173,7 @@ def main() -> None:
     began = time.perf_counter()
     start(Parallel(), device_of("cuda"))
     rows = [row for kind in arguments.only for row in _of_kind(kind)]
-    _write(arguments.yaml, rows)
+    _write(arguments.yaml, rows, arguments.card)
     print(f"{len(rows)} rows in {time.perf_counter() - began:.0f} s -> {arguments.yaml}")
     stop()
 
@@ -268,12 +269,13 @@ def _queued(call: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / REPEATS / 1e3
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    card = torch.cuda.get_device_name()
+def _write(path: Path, rows: Sequence[Row], card: str) -> None:
+    device = torch.cuda.get_device_name()
     lines = [
         "# Kernels measured by benchmarks/gemm_table.py; microseconds on the device. `tokens` of a",
         "# grouped product are those of one expert, of attention all of them.",
-        f'source: "{card}, torch {torch.__version__}, benchmarks/gemm_table.py"',
+        f"card: {card}",
+        f'source: "{device}, torch {torch.__version__}, benchmarks/gemm_table.py"',
         "rows:",
     ]
     lines += [
