@@ -1,0 +1,203 @@
+"""Memory of every stage in closed form, in microseconds: what the search sifts layouts with.
+
+What is kept for backward is a table of tensors a token; the rest are states, in bytes a parameter.
+What the search recommends is counted on the real model afterwards.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.placement import Stage, place
+from megatron_dsv3.plan.records import GIB, Activations, StageMemory, States, Workload
+from megatron_dsv3.plan.schedule import counts_at_peak, order
+from megatron_dsv3.plan.speed import stage_parameters
+
+FP8_COPY = 1 / 2 + 1 / 64
+"""Of a bf16 input that FP8 keeps as bytes with a scale for 128."""
+CONTEXT_GIB = 1.2
+"""CUDA's context, NCCL's buffers, cuBLAS's workspaces."""
+FRAGMENTATION = 0.04
+"""Of all that the allocator hands out, with expandable segments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Kept for backward by one layer."""
+
+    num_bytes: float
+    is_input: bool
+    """Of a product, which FP8 keeps in its own format."""
+    again: frozenset[str] = frozenset()
+    """Recompute modules that leave it out."""
+    of_experts: bool = False
+
+
+def estimate(workload: Workload) -> tuple[StageMemory, ...]:
+    """The fullest rank of every stage."""
+    parallel, arch = workload.parallel, workload.arch
+    stages, held = place(arch, parallel), stage_parameters(workload)
+    memory = []
+    for pp_rank in range(parallel.pp_size):
+        mine = [stage for stage in stages if stage.pp_rank == pp_rank]
+        chunks = [_held(workload, stage) for stage in mine]
+        tasks = order(
+            pp_rank,
+            pp_size=parallel.pp_size,
+            vpp_size=parallel.vpp_size,
+            # More than a warm-up's worth changes nothing.
+            num_micro_batches=min(workload.num_micro_batches, 3 * parallel.pp_size),
+        )
+        weights = [saved + experts for saved, experts in chunks]
+        counts = counts_at_peak(tasks, weights)
+        states = _states(workload, held[pp_rank].common, held[pp_rank].experts)
+        activations = _activations(workload, mine, chunks, counts)
+        allocated = states.gpu + activations.total
+        memory.append(
+            StageMemory(
+                pp_rank=pp_rank,
+                letters="|".join(stage.letters for stage in mine),
+                states=states,
+                activations=activations,
+                buffers=int(CONTEXT_GIB * GIB),
+                fragmentation=int(FRAGMENTATION * allocated),
+            )
+        )
+    return tuple(memory)
+
+
+def _states(workload: Workload, common: float, experts: float) -> States:
+    parallel, optimizer = workload.parallel, workload.optimizer
+    copies = parallel.dp_size(workload.world_size) * parallel.cp_size
+    expert_copies = parallel.edp_size(workload.world_size)
+    instances = parallel.num_optimizer_instances
+    share = common * instances / copies + experts * instances / expert_copies
+    # A master and two moments.
+    each = 12 if optimizer.moments == "fp32" else 8
+    weight = 1 + 1 / 32 if workload.precision.fp8_params else 2
+    gradient = 4 if optimizer.gradients == "fp32" else 2
+    on_gpu = share * each * (1 - optimizer.offload_fraction)
+    return States(
+        parameters=int(common + experts),
+        # FP8 beside bf16 weights keeps a copy of them for the products, both ways round.
+        weights=int((common + experts) * (weight + _copies(workload))),
+        gradients=int((common + experts) * gradient),
+        optimizer=int(on_gpu),
+        optimizer_host=int(share * 12 * optimizer.offload_fraction),
+    )
+
+
+def _copies(workload: Workload) -> float:
+    precision = workload.precision
+    if precision.fp8 == "off":
+        return 0.0
+    return 1.0 if precision.fp8_params else 2.0
+
+
+def _activations(
+    workload: Workload,
+    stages: list[Stage],
+    chunks: list[tuple[float, float]],
+    counts: tuple[int, ...],
+) -> Activations:
+    saved = sum(chunk[0] * count for chunk, count in zip(chunks, counts, strict=True))
+    experts = sum(chunk[1] * count for chunk, count in zip(chunks, counts, strict=True))
+    arch, tp_size = workload.arch, workload.parallel.tp_size
+    has_loss = any(stage.has_loss for stage in stages)
+    words = arch.vocab_size / tp_size
+    depths = 1 + arch.num_mtp_layers
+    logits = has_loss * workload.tokens_per_rank * words * (2 * depths + 6)
+    everything = _layer(workload, moe=True)
+    whole = sum(t.num_bytes * _format(workload, t) for t in everything)
+    again = whole if workload.memory.recompute == "full" else 0.0
+    total = sum(first + second for first, second in chunks)
+    held = sum((first + second) * n for (first, second), n in zip(chunks, counts, strict=True))
+    return Activations(
+        saved=int(saved),
+        experts=int(experts),
+        recomputed=int(again),
+        logits=int(logits),
+        mtp=0,
+        # Gradients of the widest tensors of a layer: what experts got, and what they gave.
+        working=int(0.6 * whole),
+        in_flight=held / total if total else 0.0,
+    )
+
+
+def _held(workload: Workload, stage: Stage) -> tuple[float, float]:
+    """Bytes of one micro-batch in one chunk: of all but the experts, of the experts."""
+    arch = workload.arch
+    plain = experts = 0.0
+    for layer in (*stage.layers, *([arch.num_layers] * len(stage.mtp_layers))):
+        for tensor in _layer(workload, moe=arch.is_moe_layer(layer)):
+            if _is_left_out(workload, tensor):
+                continue
+            size = tensor.num_bytes * _format(workload, tensor)
+            plain, experts = (
+                plain + size * (not tensor.of_experts),
+                experts + size * (tensor.of_experts),
+            )
+        if workload.memory.recompute == "full":
+            plain += 2.0 * _share(workload) * arch.hidden_size
+    if stage.mtp_layers:
+        plain += 4 * 2.0 * _share(workload) * arch.hidden_size
+    return plain, experts
+
+
+def _is_left_out(workload: Workload, tensor: Tensor) -> bool:
+    memory = workload.memory
+    if memory.recompute == "full":
+        return True
+    again = memory.recompute_modules if memory.recompute == "selective" else ()
+    return bool(tensor.again & set(again))
+
+
+def _format(workload: Workload, tensor: Tensor) -> float:
+    return FP8_COPY if tensor.is_input and workload.precision.fp8 != "off" else 1.0
+
+
+def _share(workload: Workload) -> float:
+    return workload.tokens_per_rank / workload.parallel.tp_size
+
+
+def _layer(workload: Workload, *, moe: bool) -> Iterator[Tensor]:
+    arch, share = workload.arch, _share(workload)
+    hidden = 2.0 * share * arch.hidden_size
+    norms, up = frozenset({"layernorm"}), frozenset({"mla_up_proj"})
+    yield Tensor(hidden, False)  # the layer's input, for its norm
+    yield Tensor(hidden, True, norms)
+    yield from _attention(arch, share, up)
+    yield Tensor(hidden, False)  # between attention and feed-forward
+    if moe:
+        yield Tensor(hidden, True, norms | {"moe"})
+        yield from _experts(workload)
+        return
+    mlp = frozenset({"mlp"})
+    yield Tensor(hidden, True, mlp)
+    yield Tensor(2.0 * share * 2 * arch.ffn_hidden_size, False, mlp)
+    yield Tensor(2.0 * share * arch.ffn_hidden_size, True, mlp)
+
+
+def _attention(arch: Architecture, share: float, up: frozenset[str]) -> Iterator[Tensor]:
+    """By tokens and heads: tensor parallelism cuts the heads of all tokens, so `share` counts."""
+    width = arch.qk_head_dim + arch.qk_rope_head_dim
+    latents = 2.0 * share * ((arch.q_lora_rank or 0) + arch.kv_lora_rank)
+    yield Tensor(latents, False)
+    yield Tensor(latents, True, up)
+    for size in (width, width, arch.v_head_dim):
+        yield Tensor(2.0 * share * arch.num_heads * size, False, up | {"core_attn"})
+    yield Tensor(2.0 * share * arch.num_heads * arch.v_head_dim, False)
+
+
+def _experts(workload: Workload) -> Iterator[Tensor]:
+    arch, share = workload.arch, _share(workload)
+    moe = frozenset({"moe"})
+    sent = share * arch.num_experts_per_token * workload.imbalance
+    width = arch.moe_ffn_hidden_size
+    yield Tensor(2.0 * sent * arch.hidden_size, True, moe, of_experts=True)
+    yield Tensor(2.0 * sent * 2 * width, False, moe, of_experts=True)
+    yield Tensor(2.0 * sent * width, True, moe | {"moe_act"}, of_experts=True)
+    shared = moe | {"shared_experts"}
+    yield Tensor(2.0 * share * 2 * width * arch.num_shared_experts, False, shared)
+    yield Tensor(2.0 * share * width * arch.num_shared_experts, True, shared)
+    yield Tensor(4.0 * share * arch.num_experts * 3, False, moe)  # scores, probabilities, map
