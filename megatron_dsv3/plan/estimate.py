@@ -4,6 +4,7 @@ What is kept for backward is a table of tensors a token; the rest are states, in
 What the search recommends is counted on the real model afterwards.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,35 +36,65 @@ class Tensor:
 
 def estimate(workload: Workload) -> tuple[StageMemory, ...]:
     """The fullest rank of every stage."""
-    parallel, arch = workload.parallel, workload.arch
-    stages, held = place(arch, parallel), stage_parameters(workload)
+    letters = _letters(workload)
     memory = []
-    for pp_rank in range(parallel.pp_size):
-        mine = [stage for stage in stages if stage.pp_rank == pp_rank]
-        chunks = [_held(workload, stage) for stage in mine]
-        tasks = order(
-            pp_rank,
-            pp_size=parallel.pp_size,
-            vpp_size=parallel.vpp_size,
-            # More than a warm-up's worth changes nothing.
-            num_micro_batches=min(workload.num_micro_batches, 3 * parallel.pp_size),
-        )
-        weights = [saved + experts for saved, experts in chunks]
-        counts = counts_at_peak(tasks, weights)
-        states = _states(workload, held[pp_rank].common, held[pp_rank].experts)
-        activations = _activations(workload, mine, chunks, counts)
-        allocated = states.gpu + activations.total
+    pairs = zip(stage_states(workload), stage_activations(workload), strict=True)
+    for pp_rank, (states, activations) in enumerate(pairs):
         memory.append(
             StageMemory(
                 pp_rank=pp_rank,
-                letters="|".join(stage.letters for stage in mine),
+                letters="|".join(letters[pp_rank]),
                 states=states,
                 activations=activations,
                 buffers=int(CONTEXT_GIB * GIB),
-                fragmentation=int(FRAGMENTATION * allocated),
+                fragmentation=int(FRAGMENTATION * (states.gpu + activations.total)),
             )
         )
     return tuple(memory)
+
+
+def stage_states(workload: Workload) -> list[States]:
+    """Weights, gradients, masters and moments of one rank of each stage."""
+    return [_states(workload, held.common, held.experts) for held in stage_parameters(workload)]
+
+
+def stage_activations(workload: Workload) -> list[Activations]:
+    """What comes and goes on one rank of each stage."""
+    parallel = workload.parallel
+    held: dict[str, tuple[float, float]] = {}
+    mine: list[list[Stage]] = [[] for _ in range(parallel.pp_size)]
+    for stage in place(workload.arch, parallel):
+        mine[stage.pp_rank].append(stage)
+        if stage.letters not in held:
+            held[stage.letters] = _held(workload, stage)
+    whole = sum(t.num_bytes * _format(workload, t) for t in _layer(workload, moe=True))
+    # More than a warm-up's worth of micro-batches changes nothing.
+    most = min(workload.num_micro_batches, (parallel.vpp_size + 2) * parallel.pp_size)
+    found = []
+    for pp_rank, stages in enumerate(mine):
+        chunks = [held[stage.letters] for stage in stages]
+        weights = [saved + experts for saved, experts in chunks]
+        relative = tuple(round(weight / max(weights), 2) for weight in weights)
+        counts = _counts(pp_rank, parallel.pp_size, parallel.vpp_size, most, relative)
+        found.append(_activations(workload, stages, chunks, counts, whole))
+    return found
+
+
+@functools.cache
+def _counts(
+    pp_rank: int, pp_size: int, vpp_size: int, num_micro_batches: int, weights: tuple[float, ...]
+) -> tuple[int, ...]:
+    if vpp_size == 1:
+        return (min(pp_size - pp_rank, num_micro_batches),)
+    tasks = order(pp_rank, pp_size=pp_size, vpp_size=vpp_size, num_micro_batches=num_micro_batches)
+    return counts_at_peak(tasks, weights)
+
+
+def _letters(workload: Workload) -> list[list[str]]:
+    letters: list[list[str]] = [[] for _ in range(workload.parallel.pp_size)]
+    for stage in place(workload.arch, workload.parallel):
+        letters[stage.pp_rank].append(stage.letters)
+    return letters
 
 
 def _states(workload: Workload, common: float, experts: float) -> States:
@@ -99,7 +130,9 @@ def _activations(
     stages: list[Stage],
     chunks: list[tuple[float, float]],
     counts: tuple[int, ...],
+    whole: float,
 ) -> Activations:
+    """`whole`: all that an expert layer would keep without recomputation."""
     saved = sum(chunk[0] * count for chunk, count in zip(chunks, counts, strict=True))
     experts = sum(chunk[1] * count for chunk, count in zip(chunks, counts, strict=True))
     arch, tp_size = workload.arch, workload.parallel.tp_size
@@ -107,8 +140,6 @@ def _activations(
     words = arch.vocab_size / tp_size
     depths = 1 + arch.num_mtp_layers
     logits = has_loss * workload.tokens_per_rank * words * (2 * depths + 6)
-    everything = _layer(workload, moe=True)
-    whole = sum(t.num_bytes * _format(workload, t) for t in everything)
     again = whole if workload.memory.recompute == "full" else 0.0
     total = sum(first + second for first, second in chunks)
     held = sum((first + second) * n for (first, second), n in zip(chunks, counts, strict=True))
@@ -146,8 +177,6 @@ def _held(workload: Workload, stage: Stage) -> tuple[float, float]:
 
 def _is_left_out(workload: Workload, tensor: Tensor) -> bool:
     memory = workload.memory
-    if memory.recompute == "full":
-        return True
     again = memory.recompute_modules if memory.recompute == "selective" else ()
     return bool(tensor.again & set(again))
 
