@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.placement import Stage, place
+from megatron_dsv3.config.sections import MemorySection
 from megatron_dsv3.plan.records import GIB, Activations, StageMemory, States, Workload
 from megatron_dsv3.plan.schedule import counts_at_peak, order
 from megatron_dsv3.plan.speed import stage_parameters
@@ -67,7 +68,7 @@ def stage_activations(workload: Workload) -> list[Activations]:
         mine[stage.pp_rank].append(stage)
         if stage.letters not in held:
             held[stage.letters] = _held(workload, stage)
-    whole = sum(t.num_bytes * _format(workload, t) for t in _layer(workload, moe=True))
+    whole = _layer(workload, moe=True).whole
     # More than a warm-up's worth of micro-batches changes nothing.
     most = min(workload.num_micro_batches, (parallel.vpp_size + 2) * parallel.pp_size)
     found = []
@@ -155,42 +156,68 @@ def _activations(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Bytes of one micro-batch in one layer."""
+
+    plain: float
+    """Kept for backward, without the experts' share."""
+    experts: float
+    """Kept for backward by the routed experts."""
+    whole: float
+    """What there would be without recomputation."""
+
+
 def _held(workload: Workload, stage: Stage) -> tuple[float, float]:
     """Bytes of one micro-batch in one chunk: of all but the experts, of the experts."""
     arch = workload.arch
-    plain = experts = 0.0
-    for layer in (*stage.layers, *([arch.num_layers] * len(stage.mtp_layers))):
-        for tensor in _layer(workload, moe=arch.is_moe_layer(layer)):
-            if _is_left_out(workload, tensor):
-                continue
-            size = tensor.num_bytes * _format(workload, tensor)
-            plain, experts = (
-                plain + size * (not tensor.of_experts),
-                experts + size * (tensor.of_experts),
-            )
-        if workload.memory.recompute == "full":
-            plain += 2.0 * _share(workload) * arch.hidden_size
-    if stage.mtp_layers:
-        plain += 4 * 2.0 * _share(workload) * arch.hidden_size
+    of_moe = [arch.is_moe_layer(layer) for layer in stage.layers] + [True] * len(stage.mtp_layers)
+    plain = len(stage.mtp_layers) * 4 * 2.0 * _share(workload) * arch.hidden_size
+    experts = 0.0
+    for moe in (False, True):
+        if number := of_moe.count(moe):
+            one = _layer(workload, moe=moe)
+            plain, experts = plain + number * one.plain, experts + number * one.experts
     return plain, experts
 
 
-def _is_left_out(workload: Workload, tensor: Tensor) -> bool:
-    memory = workload.memory
-    again = memory.recompute_modules if memory.recompute == "selective" else ()
-    return bool(tensor.again & set(again))
+def _layer(workload: Workload, *, moe: bool) -> _Layer:
+    fp8 = workload.precision.fp8 != "off"
+    return _summed(
+        workload.arch, _share(workload), workload.imbalance, workload.memory, fp8=fp8, moe=moe
+    )
 
 
-def _format(workload: Workload, tensor: Tensor) -> float:
-    return FP8_COPY if tensor.is_input and workload.precision.fp8 != "off" else 1.0
+@functools.cache
+def _summed(
+    arch: Architecture,
+    share: float,
+    imbalance: float,
+    memory: MemorySection,
+    *,
+    fp8: bool,
+    moe: bool,
+) -> _Layer:
+    again = set(memory.recompute_modules if memory.recompute == "selective" else ())
+    plain = experts = whole = 0.0
+    for tensor in _tensors(arch, share, imbalance, moe=moe):
+        size = tensor.num_bytes * (FP8_COPY if fp8 and tensor.is_input else 1.0)
+        whole += size
+        if tensor.again & again:
+            continue
+        plain += 0.0 if tensor.of_experts else size
+        experts += size if tensor.of_experts else 0.0
+    if memory.recompute == "full":
+        return _Layer(2.0 * share * arch.hidden_size, 0.0, whole)
+    return _Layer(plain, experts, whole)
 
 
 def _share(workload: Workload) -> float:
     return workload.tokens_per_rank / workload.parallel.tp_size
 
 
-def _layer(workload: Workload, *, moe: bool) -> Iterator[Tensor]:
-    arch, share = workload.arch, _share(workload)
+def _tensors(arch: Architecture, share: float, imbalance: float, *, moe: bool) -> Iterator[Tensor]:
+    """`share`: tokens of a rank over tensor-parallel ranks, which cut all of these tensors."""
     hidden = 2.0 * share * arch.hidden_size
     norms, up = frozenset({"layernorm"}), frozenset({"mla_up_proj"})
     yield Tensor(hidden, False)  # the layer's input, for its norm
@@ -199,7 +226,7 @@ def _layer(workload: Workload, *, moe: bool) -> Iterator[Tensor]:
     yield Tensor(hidden, False)  # between attention and feed-forward
     if moe:
         yield Tensor(hidden, True, norms | {"moe"})
-        yield from _experts(workload)
+        yield from _experts(arch, share, imbalance)
         return
     mlp = frozenset({"mlp"})
     yield Tensor(hidden, True, mlp)
@@ -218,10 +245,9 @@ def _attention(arch: Architecture, share: float, up: frozenset[str]) -> Iterator
     yield Tensor(2.0 * share * arch.num_heads * arch.v_head_dim, False)
 
 
-def _experts(workload: Workload) -> Iterator[Tensor]:
-    arch, share = workload.arch, _share(workload)
+def _experts(arch: Architecture, share: float, imbalance: float) -> Iterator[Tensor]:
     moe = frozenset({"moe"})
-    sent = share * arch.num_experts_per_token * workload.imbalance
+    sent = share * arch.num_experts_per_token * imbalance
     width = arch.moe_ffn_hidden_size
     yield Tensor(2.0 * sent * arch.hidden_size, True, moe, of_experts=True)
     yield Tensor(2.0 * sent * 2 * width, False, moe, of_experts=True)
