@@ -11,6 +11,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsv3.config.sections import OptimizerSection, ScheduleSection
+from megatron_dsv3.train.remainders import keep_masters_whole
 from megatron_dsv3.train.spikes import NonFiniteError
 
 
@@ -35,7 +36,10 @@ def build_optimizer(
         fp8_recipe=model.fp8_recipe if model.fp8 else None,
         **_states(section),
     )
-    return get_megatron_optimizer(config, list(chunks))
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    for part in optimizer.chained_optimizers:
+        keep_masters_whole(part)
+    return optimizer
 
 
 def _states(section: OptimizerSection) -> dict[str, Any]:
