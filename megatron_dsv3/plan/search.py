@@ -112,7 +112,7 @@ def search(
     on_progress(len(everything), len(everything))
     return Result(
         found=tuple(found),
-        missed=_nearest_miss(missing, found[0], speed),
+        missed=_nearest_miss(missing, request, found[0], speed),
         num_layouts=len(everything),
         num_fitting=len(fitting),
     )
@@ -135,9 +135,11 @@ def fewest_nodes(request: Request, *, above: int = 0) -> int | None:
 def what_is_missing(request: Request, missing: Sequence[tuple[float, Layout]]) -> str:
     """One sentence: how much is missing, with which setting it would fit, or on how many nodes."""
     nodes, length = request.nodes, _length(request.seq_length)
-    if missing:
-        lacks = min(lack for lack, _ in missing)
+    lacks = _nearest(missing, request)
+    if lacks < float("inf"):
         start = f"{nodes} nodes lack {lacks:.1f} GiB a card at {length}"
+    elif missing:
+        start = f"{nodes} nodes lack host memory for what the cards cannot hold at {length}"
     else:
         start = (
             f"{nodes} nodes of {request.cluster.gpus_per_node} GPUs cannot be cut into any layout "
@@ -173,24 +175,44 @@ def _length(tokens: int) -> str:
 
 
 def _first_rung(layout: Layout, request: Request) -> _Rung:
-    cluster = request.cluster
+    """Where none fits, `lacks_gib` may be too low: activations are looked at only if states fit."""
     activations: list[int] = []
     lacks = float("inf")
     for name in request.states:
-        workload = layout.with_states(name)
-        states = stage_states(workload)
-        # The states alone rule most grids out.
-        short = _lacks([s.gpu for s in states], cluster)
-        if short <= 0:
-            activations = activations or [a.total for a in stage_activations(workload)]
-            pairs = zip(states, activations, strict=True)
-            short = _lacks([s.gpu + a for s, a in pairs], cluster)
-        if _host_lacks(max(s.optimizer_host for s in states), cluster) > 0:
+        states = stage_states(layout.with_states(name))
+        if _host_lacks(max(s.optimizer_host for s in states), request.cluster) > 0:
             continue
+        short = _lacks([s.gpu for s in states], request.cluster)
+        if short <= 0:
+            activations = activations or [a.total for a in stage_activations(layout.workload)]
+            pairs = zip(states, activations, strict=True)
+            short = _lacks([s.gpu + a for s, a in pairs], request.cluster)
         if short <= 0:
             return _Rung(name, 0.0)
         lacks = min(lacks, short)
     return _Rung(None, lacks)
+
+
+def _lacks_exactly(layout: Layout, request: Request) -> float:
+    """GiB a card, with the rung that comes nearest; infinite where host memory rules all out."""
+    activations = [a.total for a in stage_activations(layout.workload)]
+    lacks = float("inf")
+    for name in request.states:
+        states = stage_states(layout.with_states(name))
+        if _host_lacks(max(s.optimizer_host for s in states), request.cluster) <= 0:
+            pairs = zip(states, activations, strict=True)
+            lacks = min(lacks, _lacks([s.gpu + a for s, a in pairs], request.cluster))
+    return lacks
+
+
+def _nearest(missing: Sequence[tuple[float, Layout]], request: Request) -> float:
+    """The least that any layout lacks, in GiB a card."""
+    least = float("inf")
+    for at_least, layout in sorted(missing, key=lambda pair: pair[0]):
+        if at_least >= least:
+            break
+        least = min(least, _lacks_exactly(layout, request))
+    return least
 
 
 def _lacks(allocated: Sequence[int], cluster: Cluster) -> float:
@@ -247,17 +269,25 @@ def _counted(found: Sequence[Found], exact: MemoryModel) -> list[Found]:
 
 
 def _nearest_miss(
-    missing: Sequence[tuple[float, Layout]], best: Found, speed: Speed
+    missing: Sequence[tuple[float, Layout]], request: Request, best: Found, speed: Speed
 ) -> Missed | None:
-    """Looked for among those that lack least."""
+    """Of layouts that would be faster, the one that lacks least, if that is not half a card."""
     reached = best.plan.step.tokens_per_second_per_gpu
-    for lacks, layout in sorted(missing, key=lambda pair: pair[0])[:200]:
+    nearest: Missed | None = None
+    limit = request.cluster.card.memory_gib / 2
+    for at_least, layout in sorted(missing, key=lambda pair: pair[0]):
+        if at_least >= limit:
+            break
         if speed.rate_at_most(layout.workload) <= reached:
+            continue
+        lacks = _lacks_exactly(layout, request)
+        if lacks >= limit:
             continue
         rate = speed.step(layout.workload).tokens_per_second_per_gpu
         if rate > reached:
-            return Missed(
+            limit = lacks
+            nearest = Missed(
                 workload=layout.workload, recompute=layout.recompute, lacks_gib=lacks,
                 faster=rate / reached - 1,
             )  # fmt: skip
-    return None
+    return nearest
