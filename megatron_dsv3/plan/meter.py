@@ -121,9 +121,7 @@ class Meter(TorchDispatchMode):
 
         module = self._stack[-1] if self._stack else ""
         self._count += 1
-        self._watched[key] = _Watched(
-            self._count, weakref.ref(storage, forget), module, self.phase
-        )
+        self._watched[key] = _Watched(self._count, weakref.ref(storage, forget), module, self.phase)
 
     def _note_peak(self) -> None:
         pieces = self.pieces()
