@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_dsv3.config.devices import PEAK_BF16_TFLOPS
-from megatron_dsv3.plan.cards import Card, load_card, load_network, names
+from megatron_dsv3.plan.cards import cluster_of, load_card, load_network, names
 
 OWN = {
     "bf16_tflops": 500, "bf16_reached_tflops": 400, "memory_gib": 63.5, "hbm_gb_per_s": 1600,
@@ -92,4 +92,11 @@ def test_unknown_names_are_answered_with_the_known_ones():
 def test_a_card_is_a_record_that_does_not_change():
     with pytest.raises(ValueError, match="frozen"):
         load_card("h100-80gb").memory_gib = 1.0
-    assert isinstance(load_card("h20-96gb"), Card)
+
+
+def test_the_planner_sees_what_links_reach_not_what_they_promise():
+    cluster = cluster_of("h100-80gb", network="roce-100g", gpus_per_node=4)
+    assert (cluster.card.network_gb_s, cluster.gpus_per_node) == (12.5 * 0.75, 4)
+    assert cluster.card.nvlink_gb_s == 450 * 0.75
+    assert cluster_of("a100-80gb").card.network_gb_s == 25 * 0.85
+    assert "DGX A100" in cluster_of("a100-80gb").card.sources["network"]

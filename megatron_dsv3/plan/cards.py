@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from megatron_dsv3.config.devices import PEAK_BF16_TFLOPS
 from megatron_dsv3.config.section import Section, problem_lines
 from megatron_dsv3.config.yaml_file import read_yaml
+from megatron_dsv3.plan.records import Card, Cluster
 
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -18,7 +19,7 @@ Sources = Annotated[tuple[str, ...], Field(strict=False)]
 YAML = (".yaml", ".yml")
 
 
-class Network(Section):
+class NetworkSettings(Section):
     """What joins the nodes."""
 
     gb_per_s: Rate
@@ -31,7 +32,7 @@ class Network(Section):
     """Where the numbers are from."""
 
 
-class Card(Section):
+class CardSettings(Section):
     """One kind of GPU and the machine around it."""
 
     device: str | None = None
@@ -94,13 +95,50 @@ class Card(Section):
         assert self.device is not None
         return PEAK_BF16_TFLOPS[self.device]
 
-    @property
-    def hbm_bytes_per_s(self) -> float:
-        """Memory bandwidth reached."""
-        return self.hbm_gb_per_s * self.hbm_reached * 1e9
+
+def cluster_of(
+    gpu: str,
+    *,
+    network: str | None = None,
+    gpus_per_node: int = 8,
+    host_memory_gib: float = 2000.0,
+) -> Cluster:
+    """Machines of one kind of card.
+
+    Args:
+        gpu: Name of a card, or a user's YAML file.
+        network: Name or file of a network; None: the card's usual one.
+        gpus_per_node: GPUs that NVLink joins.
+        host_memory_gib: Of a node.
+
+    Raises:
+        ValueError: As `load_card`.
+    """
+    card = load_card(gpu)
+    between = load_network(network or card.network)
+    return Cluster(
+        card=Card(
+            name=gpu,
+            memory_gib=card.memory_gib,
+            bf16_tflops=card.paper_bf16_tflops,
+            bf16_tflops_reached=card.bf16_reached_tflops,
+            fp8_tflops=card.fp8_tflops,
+            fp8_tflops_reached=card.fp8_reached_tflops,
+            hbm_gb_s=card.hbm_gb_per_s * card.hbm_reached,
+            nvlink_gb_s=card.nvlink_gb_per_s * card.nvlink_reached,
+            network_gb_s=between.gb_per_s * between.reached,
+            host_gb_s=card.host_gb_per_s,
+            nvlink_latency_s=card.nvlink_latency_us * 1e-6,
+            network_latency_s=between.latency_us * 1e-6,
+            measured=card.measured,
+            sources={gpu: "; ".join(card.sources), "network": "; ".join(between.sources)},
+        ),
+        gpus_per_node=gpus_per_node,
+        host_memory_gib=host_memory_gib,
+    )
 
 
-def load_card(name: str) -> Card:
+def load_card(name: str) -> CardSettings:
     """A card by its name, or from a user's YAML file.
 
     A file holds the settings of one card; with `based_on: NAME` it needs only what differs.
@@ -109,23 +147,23 @@ def load_card(name: str) -> Card:
         ValueError: No such card or file, or settings that are missing, unknown or out of range.
     """
     if not name.endswith(YAML):
-        return _named("cards", name, Card)
+        return _named("cards", name, CardSettings)
     content = read_yaml(Path(name))
     base = content.pop("based_on", None)
     if base is not None:
         content = _changed(_raw("cards", base, f"{name}: based_on: "), content)
-    return _validated(content, Card, name)
+    return _validated(content, CardSettings, name)
 
 
-def load_network(name: str) -> Network:
+def load_network(name: str) -> NetworkSettings:
     """A network by its name, or from a user's YAML file.
 
     Raises:
         ValueError: As `load_card`.
     """
     if not name.endswith(YAML):
-        return _named("networks", name, Network)
-    return _validated(read_yaml(Path(name)), Network, name)
+        return _named("networks", name, NetworkSettings)
+    return _validated(read_yaml(Path(name)), NetworkSettings, name)
 
 
 def names(kind: str) -> list[str]:

@@ -153,6 +153,7 @@ class Card:
     """An accelerator, a node of them, and their network, as the planner sees them.
 
     Rates on paper are the vendor's, without sparsity; reached ones are those of large products.
+    Bandwidths are those that are reached. `cards.cluster_of` makes one of a name or a file.
     """
 
     name: str
@@ -168,8 +169,12 @@ class Card:
     """Of one GPU, in one direction."""
     network_gb_s: float
     """Between nodes, of one GPU, in one direction."""
+    host_gb_s: float = 50.0
+    """Between a GPU and host memory, in one direction."""
     nvlink_latency_s: float = 5e-6
     network_latency_s: float = 15e-6
+    measured: bool = False
+    """Whether kernels were measured on it; else their efficiency is taken from another card."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each number is from."""
 
