@@ -194,6 +194,11 @@ def stand_in(model: nn.Module, precision: str, *, keep_input: frozenset[str]) ->
             module.keeps_input = name.endswith(tuple(keep_input))  # type: ignore[assignment]
 
 
+def is_product(module: nn.Module) -> bool:
+    """Whether this is one of Transformer Engine's linears, which FP8 recipes are about."""
+    return isinstance(module, _Column | _NormColumn | _Row | _Duplicated | _Grouped)
+
+
 @contextmanager
 def kernels() -> Iterator[None]:
     """Inside, Megatron-Core finds stand-ins where it would call fused kernels of a GPU.
