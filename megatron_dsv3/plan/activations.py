@@ -13,6 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel.schedules import (
+    custom_backward,
+    deallocate_output_tensor,
+)
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
@@ -55,11 +59,13 @@ def _count_chunk(
     with Meter(chunk) as meter:
         meter.phase = FORWARD
         output = _forward(stage, wrapped, chunk, workload, config)
+        shape, dtype, is_loss = output.shape, output.dtype, output.dim() == 0
+        # What was sent on is dropped, as the pipeline's schedules do.
+        deallocate_output_tensor(output, deallocate_pipeline_outputs=not is_loss)
         held = meter.pieces()
         meter.phase = BACKWARD
-        # The last stage starts from its loss, another from what the next one sends.
-        gradient = None if output.dim() == 0 else torch.empty_like(output)
-        output.backward(gradient)
+        gradient = None if is_loss else torch.empty(shape, dtype=dtype, device=META)
+        custom_backward(output, gradient)
         del output, gradient
     kinds = _Kinds(chunk, held)
     modules: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,20 +74,31 @@ def built(workload: Workload, pp_rank: int) -> Iterator[Built]:
         )
         if workload.mtp_frozen:
             freeze_mtp(chunks)
-        for chunk in chunks:
-            stand_in(chunk, precision_name(precision), keep_input=_keep_input(workload))
+        held = stages_of_rank(workload.arch, parallel, pp_rank)
+        for stage, chunk in zip(held, chunks, strict=True):
+            named = partial(_precision, stage, workload)
+            stand_in(chunk, named, keep_input=_keep_input(workload))
         wrapped = wrap(
             chunks,
             config,
             optimizer=workload.optimizer,
             num_optimizer_instances=parallel.num_optimizer_instances,
         )
-        yield Built(groups, config, stages_of_rank(workload.arch, parallel, pp_rank), wrapped)
+        yield Built(groups, config, held, wrapped)
 
 
-def precision_name(precision: PrecisionSection) -> str:
-    """Of the layers' products, as the table of saved tensors says it."""
-    return "bf16" if precision.fp8 == "off" else precision.fp8
+def _precision(stage: Stage, workload: Workload, module: str) -> str:
+    """Of a module's products, as the table of saved tensors says it."""
+    precision = workload.precision
+    top, _, rest = module.partition(".layers.")
+    if precision.fp8 == "off" or not rest:
+        return "bf16"
+    if top == "decoder":
+        layer = stage.layers[int(rest.partition(".")[0])]
+        behind = workload.arch.num_layers - precision.bf16_last_layers
+        if not precision.bf16_first_layers <= layer < behind:
+            return "bf16"
+    return precision.fp8
 
 
 def _on_gpu(memory: MemorySection) -> MemorySection:

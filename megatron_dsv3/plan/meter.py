@@ -45,7 +45,7 @@ class _Watched:
     phase: str
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches what operations allocate inside a `with`.
 
     Args:
@@ -55,7 +55,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, ignored: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase = ""
         self.peak = 0
         self.at_peak: Sequence[Piece] = ()
@@ -73,7 +73,7 @@ class Meter(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -82,7 +82,7 @@ class Meter(TorchDispatchMode):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
 

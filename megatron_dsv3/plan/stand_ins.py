@@ -5,7 +5,7 @@ says, so that the model's own forward and backward show what a GPU would allocat
 runs (attention's plumbing, router, dispatcher, recomputation, loss) is the real code.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 from megatron.core.fusions import fused_bias_swiglu
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import layers, reduce_scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor, nn
@@ -78,7 +78,9 @@ def _run(
         "output": sum(_numel(shape) for shape, _ in outputs),
         **sizes,
     }
-    result: tuple[Tensor, ...] = _Run.apply(_Work(kept, sizes, outputs), *inputs)
+    result: tuple[Tensor, ...] = _Run.apply(  # type: ignore[no-untyped-call]
+        _Work(kept, sizes, outputs), *inputs
+    )
     return result
 
 
@@ -125,7 +127,7 @@ class _NormColumn(torch_mods.NormColumnLinear):
 class _Row(torch_mods.RowLinear):
     def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         kind = "product_of_kept_input" if self.keeps_input else "product"
-        y, _ = _product(self, x, kind, rows=x.size(0), width=self.weight.size(0))
+        y = _product(self, x, kind, rows=x.size(0), width=self.weight.size(0))[0]
         return (_reduce_scatter(y, self.tp_group) if self.config.sequence_parallel else y), None
 
 
@@ -137,8 +139,9 @@ class _Duplicated(torch_mods.DuplicatedLinear):
 
 class _Grouped(torch_mods.GroupedLinear):
     def forward(self, x: Tensor, splits: Sequence[int]) -> tuple[Tensor, None]:
-        kept = "grouped_product_of_kept_input" if self.keeps_input else "grouped_product"
-        return _product(self, x, kept, rows=sum(splits), width=self.weight0.size(0))
+        kind = "grouped_product_of_kept_input" if self.keeps_input else "grouped_product"
+        width = self.get_parameter("weight0").size(0)
+        return _product(self, x, kind, rows=sum(splits), width=width)
 
 
 class _GroupedColumn(_Grouped, torch_mods.GroupedColumnLinear):
@@ -161,8 +164,6 @@ class _Attention(CoreAttention):
 
 
 def _reduce_scatter(x: Tensor, group: Any) -> Tensor:
-    from megatron.core.tensor_parallel import reduce_scatter_to_sequence_parallel_region
-
     result: Tensor = reduce_scatter_to_sequence_parallel_region(x, group=group)
     return result
 
@@ -179,19 +180,21 @@ STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def stand_in(model: nn.Module, precision: str, *, keep_input: frozenset[str]) -> None:
+def stand_in(
+    model: nn.Module, precision_of: Callable[[str], str], *, keep_input: frozenset[str]
+) -> None:
     """Turns the torch modules of a model into stand-ins for Transformer Engine's.
 
     Args:
         model: As built from plain torch modules.
-        precision: bf16, or the FP8 recipe.
+        precision_of: Name of a module -> bf16, or the FP8 recipe.
         keep_input: Ends of names of modules that hold their input as it is, whatever the precision.
     """
     for name, module in model.named_modules():
         if type(module) in STAND_INS:
             module.__class__ = STAND_INS[type(module)]
-            module.precision = precision  # type: ignore[assignment]
-            module.keeps_input = name.endswith(tuple(keep_input))  # type: ignore[assignment]
+            module.precision = precision_of(name)
+            module.keeps_input = name.endswith(tuple(keep_input))
 
 
 def is_product(module: nn.Module) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from torch import nn
 
 from megatron_dsv3.config.sections import OptimizerSection, PrecisionSection
+from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.plan.build import DTYPES, Built
 from megatron_dsv3.plan.records import States, Workload
 from megatron_dsv3.plan.stand_ins import is_product
@@ -84,20 +84,20 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _caches(chunks: Sequence[nn.Module], precision: PrecisionSection) -> int:
+def _caches(chunks: Sequence[DeepseekV3Model], precision: PrecisionSection) -> int:
     """What Transformer Engine keeps beside weights and gradients."""
-    products = [
-        weight
+    weights = [
+        (module.precision, weight)
         for chunk in chunks
         for module in chunk.modules()
         if is_product(module)
         for name, weight in module.named_parameters(recurse=False)
         if name != "layer_norm_weight"
     ]
-    heads = [chunk.output_layer.weight for chunk in chunks if chunk.post_process]
+    products = [weight for _, weight in weights]
+    heads = [chunk.get_parameter("output_layer.weight") for chunk in chunks if chunk.post_process]
     # Gradients go straight into their buffer; autograd gets an empty bf16 tensor of the shape.
-    shapes = {tuple(weight.shape) for weight in products + heads if weight.requires_grad}
-    empty = sum(2 * torch.Size(shape).numel() for shape in shapes)
-    copied = precision.fp8 != "off" and not precision.fp8_params
-    copies = FP8_COPIES * sum(weight.numel() for weight in products) if copied else 0
-    return GEMM_WORKSPACES + empty + copies
+    shapes = {weight.shape for weight in products + heads if weight.requires_grad}
+    empty = sum(2 * shape.numel() for shape in shapes)
+    copied = [w.numel() for name, w in weights if name != "bf16" and not precision.fp8_params]
+    return int(GEMM_WORKSPACES + empty + FP8_COPIES * sum(copied))
