@@ -5,8 +5,8 @@ balanced routing times the stated imbalance. Counted is every storage that opera
 autograd saves is counted once, and what is discarded to be computed again is not.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -24,12 +24,13 @@ from megatron_dsv3.config.placement import Stage
 from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.model.router import PackedRow
 from megatron_dsv3.plan.build import Built
-from megatron_dsv3.plan.meter import Meter, Piece
+from megatron_dsv3.plan.meter import Label, Meter
 from megatron_dsv3.plan.ranks import META
 from megatron_dsv3.plan.records import Workload
 
-FORWARD, BACKWARD = "forward", "backward"
-KINDS = ("saved", "experts", "recomputed", "logits", "mtp", "working")
+INPUT, FORWARD, BACKWARD = "input", "forward", "backward"
+HELD = ("saved", "experts", "logits", "mtp")
+"""Kinds of what is there between a micro-batch's forward and its backward."""
 Bytes = Mapping[str, int]
 """By kind; those of `records.Activations`."""
 
@@ -56,38 +57,60 @@ def _count_chunk(
     stage: Stage, wrapped: nn.Module, chunk: DeepseekV3Model, workload: Workload, config: Any
 ) -> Counted:
     _balance(chunk, workload)
-    with Meter(chunk) as meter:
-        meter.phase = FORWARD
-        output = _forward(stage, wrapped, chunk, workload, config)
-        shape, dtype, is_loss = output.shape, output.dtype, output.dim() == 0
-        # What was sent on is dropped, as the pipeline's schedules do.
-        deallocate_output_tensor(output, deallocate_pipeline_outputs=not is_loss)
-        held = meter.pieces()
-        meter.phase = BACKWARD
+    with Meter(chunk, _labels(chunk)) as meter:
+        with meter.at(INPUT):
+            batch = _batch(stage, workload, config)
+        with meter.at(FORWARD):
+            output = _forward(stage, wrapped, chunk, batch)
+            shape, dtype, is_loss = output.shape, output.dtype, output.dim() == 0
+            # What was sent on is dropped, as the pipeline's schedules do.
+            deallocate_output_tensor(output, deallocate_pipeline_outputs=not is_loss)
+        del batch
+        held, modules = dict(meter.now), meter.modules()
         gradient = None if is_loss else torch.empty(shape, dtype=dtype, device=META)
-        custom_backward(output, gradient)
-        del output, gradient
-    kinds = _Kinds(chunk, held)
-    modules: Counter[str] = Counter()
-    for piece in held:
-        modules[piece.module] += piece.size
-    return Counted(held=kinds.sizes(held), peak=kinds.sizes(meter.at_peak), modules=dict(modules))
+        with meter.at(BACKWARD):
+            custom_backward(output, gradient)
+    return Counted(held=held, peak=_at_peak(meter.at_peak, held), modules=modules)
 
 
-def _forward(
-    stage: Stage, wrapped: nn.Module, chunk: DeepseekV3Model, workload: Workload, config: Any
-) -> Tensor:
+def _at_peak(peak: Bytes, held: Bytes) -> Bytes:
+    """By kind, where what is gone before backward is working memory."""
+    staying = {kind: min(peak.get(kind, 0), held.get(kind, 0)) for kind in HELD}
+    made = {kind: peak.get(kind, 0) for kind in ("recomputed", "working")}
+    made["working"] += sum(peak.values()) - sum(staying.values()) - sum(made.values())
+    return staying | made
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    ids: Tensor
+    labels: Tensor
+    row: PackedRow
+    arrived: Tensor | None
+    """Hidden states of the stage before."""
+
+
+def _batch(stage: Stage, workload: Workload, config: Any) -> _Batch:
     tokens, depths = workload.tokens_per_rank, 1 + workload.arch.num_mtp_layers
-    row = _row(workload, depths)
+    arrived = None
     if not stage.has_embedding:
         local = tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-        # The layers before the MTP layers hand on one hidden state, as do all others.
         shape = (local, 1, config.hidden_size)
         arrived = torch.empty(shape, dtype=config.params_dtype, device=META, requires_grad=True)
-        chunk.set_input_tensor(arrived)
-    ids = torch.empty(1, tokens, dtype=torch.int64, device=META)
-    labels = torch.empty(depths, 1, tokens, dtype=torch.int64, device=META)
-    output: Tensor = wrapped(ids, ids, None, labels=labels, packed_seq_params=row)
+    return _Batch(
+        ids=torch.empty(1, tokens, dtype=torch.int64, device=META),
+        labels=torch.empty(depths, 1, tokens, dtype=torch.int64, device=META),
+        row=_row(workload, depths),
+        arrived=arrived,
+    )
+
+
+def _forward(stage: Stage, wrapped: nn.Module, chunk: DeepseekV3Model, batch: _Batch) -> Tensor:
+    if batch.arrived is not None:
+        chunk.set_input_tensor(batch.arrived)
+    output: Tensor = wrapped(
+        batch.ids, batch.ids, None, labels=batch.labels, packed_seq_params=batch.row
+    )
     return output.float().sum() if stage.has_loss else output
 
 
@@ -142,34 +165,22 @@ def _even(total: int, parts: int) -> list[int]:
     return [share + (index < rest) for index in range(parts)]
 
 
-class _Kinds:
-    """Tells what a piece is."""
+def _labels(chunk: DeepseekV3Model) -> Label:
+    """What an allocation of this chunk is counted as."""
+    routed = [name for name, layer in chunk.named_modules() if isinstance(layer, MoELayer)]
 
-    def __init__(self, chunk: DeepseekV3Model, held: Iterable[Piece]) -> None:
-        self._held = {piece.number for piece in held}
-        self._routed = [
-            name for name, layer in chunk.named_modules() if isinstance(layer, MoELayer)
-        ]
-
-    def sizes(self, pieces: Iterable[Piece]) -> dict[str, int]:
-        """Bytes by kind."""
-        sizes = dict.fromkeys(KINDS, 0)
-        for piece in pieces:
-            sizes[self._kind(piece)] += piece.size
-        return sizes
-
-    def _kind(self, piece: Piece) -> str:
-        if piece.phase == BACKWARD:
-            return "recomputed" if piece.module else "working"
-        if piece.number not in self._held:
-            return "working"
-        top = piece.module.partition(".")[0]
-        if top not in ("decoder", "embedding"):
+    @functools.cache
+    def label(module: str, phase: str) -> str:
+        if phase == BACKWARD:
+            return "recomputed" if module else "working"
+        top = module.partition(".")[0]
+        if phase == INPUT or top == "embedding":
+            return "saved"
+        if top != "decoder":
             return "mtp" if top == "mtp" else "logits"
-        return "experts" if self._is_routed(piece.module) else "saved"
+        inside = next((name for name in routed if f"{module}.".startswith(f"{name}.")), None)
+        if inside is None or module.startswith((f"{inside}.router", f"{inside}.shared_experts")):
+            return "saved"
+        return "experts"
 
-    def _is_routed(self, module: str) -> bool:
-        for layer in self._routed:
-            if module == layer or module.startswith(f"{layer}."):
-                return not module.startswith((f"{layer}.router", f"{layer}.shared_experts"))
-        return False
+    return label

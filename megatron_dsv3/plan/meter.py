@@ -5,10 +5,12 @@ GPU's allocator would see it. Works on meta tensors, whose operations cost micro
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,58 +23,52 @@ from torch.utils._pytree import tree_leaves
 
 BLOCK = 512
 """Bytes that CUDA's allocator rounds up to."""
+Label = Callable[[str, str], str]
+"""(name of a module, or "" outside all; phase) -> what an allocation there is counted as."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One storage as it stood at some moment."""
-
-    number: int
-    """Of the storage, in order of allocation."""
-    size: int
-    """Bytes."""
-    module: str
-    """Name of the module that made it; "" outside all modules."""
-    phase: str
-    """What the meter's user was at when it was made."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Watched:
-    number: int
-    storage: Callable[[], torch.UntypedStorage | None]
-    module: str
-    phase: str
+    """One storage."""
+
+    __slots__ = ("label", "module", "size", "storage")
+
+    def __init__(self, storage: "weakref.ref[Any]", size: int, label: str, module: str) -> None:
+        self.storage, self.size, self.label, self.module = storage, size, label, module
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches what operations allocate inside a `with`.
+    """Watches what operations on meta tensors allocate inside a `with`.
 
     Args:
-        model: Its modules' names say where an allocation comes from. Its parameters and buffers are
-            not counted.
-        ignored: More tensors whose storages are not counted.
+        model: Its modules' names say where an allocation comes from.
+        label: What allocations are counted as.
     """
 
-    def __init__(self, model: nn.Module, ignored: Iterable[Tensor] = ()) -> None:
+    def __init__(self, model: nn.Module, label: Label) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = ""
-        self.peak = 0
-        self.at_peak: Sequence[Piece] = ()
-        """What was there at the peak."""
+        """What its user is at."""
+        self.now: Counter[str] = Counter()
+        """Bytes that are there, by label."""
+        self.at_peak: Mapping[str, int] = {}
+        """The same when their sum was largest."""
+        self._label = label
+        self._total = self._peak = 0
         self._watched: dict[int, _Watched] = {}
-        self._count = 0
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._stack: list[str] = []
-        self._own = [tensor.untyped_storage() for tensor in (*_tensors_of(model), *ignored)]
-        self._ignored = {storage._cdata for storage in self._own}
-        self._hooks: list[Any] = []
+        self._stack = [""]
+        # What is there already is no allocation; holding it keeps its key from being used anew.
+        self._own = {t.untyped_storage()._cdata: t for t in _tensors_of(model)}
+        self._undo: list[Any] = []
 
     def __enter__(self) -> Self:
-        self._hooks = [
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
+        self._undo = [
+            register_module_forward_pre_hook(self._enter_module).remove,
+            register_module_forward_hook(self._leave_module, always_call=True).remove,
         ]
+        resize = patch.object(torch.UntypedStorage, "resize_", self._resizing())
+        resize.start()
+        self._undo.append(resize.stop)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -83,8 +79,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        for hook in self._hooks:
-            hook.remove()
+        for undo in self._undo:
+            undo()
 
     def __torch_dispatch__(
         self,
@@ -96,44 +92,67 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_meta:
-                self._watch(leaf)
-        self._note_peak()
+                self._watch(leaf.untyped_storage())
+        if self._total > self._peak:
+            self._peak, self.at_peak = self._total, dict(self.now)
         return result
 
-    def pieces(self) -> list[Piece]:
-        """What is there now."""
-        found = []
-        for watched in list(self._watched.values()):
-            storage = watched.storage()
-            if storage is not None and (size := storage.nbytes()):
-                rounded = -(-size // BLOCK) * BLOCK
-                found.append(Piece(watched.number, rounded, watched.module, watched.phase))
-        return found
+    def modules(self) -> dict[str, int]:
+        """Bytes that are there, by the module that made them."""
+        sizes: Counter[str] = Counter()
+        for watched in self._watched.values():
+            sizes[watched.module] += watched.size
+        return dict(sizes)
 
-    def _watch(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+    @contextmanager
+    def at(self, phase: str) -> Iterator[None]:
+        """Another phase inside."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._watched or key in self._ignored:
+        if key in self._watched or key in self._own:
             return
 
         def forget(_: object) -> None:
-            self._watched.pop(key, None)
+            watched = self._watched.pop(key)
+            self._add(watched, -watched.size)
 
-        module = self._stack[-1] if self._stack else ""
-        self._count += 1
-        self._watched[key] = _Watched(self._count, weakref.ref(storage, forget), module, self.phase)
+        module = self._stack[-1]
+        reference = weakref.ref(storage, forget)
+        watched = _Watched(reference, 0, self._label(module, self.phase), module)
+        self._watched[key] = watched
+        self._add(watched, _rounded(storage.nbytes()))
 
-    def _note_peak(self) -> None:
-        pieces = self.pieces()
-        total = sum(piece.size for piece in pieces)
-        if total > self.peak:
-            self.peak, self.at_peak = total, pieces
+    def _add(self, watched: _Watched, size: int) -> None:
+        watched.size += size
+        self.now[watched.label] += size
+        self._total += size
+
+    def _resizing(self) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
+        original = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result: torch.UntypedStorage = original(storage, size)
+            if watched := self._watched.get(storage._cdata):
+                self._add(watched, _rounded(size) - watched.size)
+            return result
+
+        return resize
 
     def _enter_module(self, module: nn.Module, _: object) -> None:
-        self._stack.append(self._names.get(id(module), self._stack[-1] if self._stack else ""))
+        self._stack.append(self._names.get(id(module), self._stack[-1]))
 
     def _leave_module(self, *_: object) -> None:
         self._stack.pop()
+
+
+def _rounded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
 
 
 def _tensors_of(model: nn.Module) -> list[Tensor]:
