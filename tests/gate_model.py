@@ -19,6 +19,7 @@ from megatron_dsv3.config.sections import (
     ExpertsSection,
     ModelSection,
     OutputSection,
+    PrecisionSection,
     TrainSection,
 )
 from megatron_dsv3.convert.bridge import Bridge
@@ -42,6 +43,7 @@ def check(
     reference: Path | None = None,
     longest: int = 48,
     transformer_engine: bool = False,
+    precision: PrecisionSection = PrecisionSection(),
 ) -> Report:
     """Raises SharedError as the gate does.
 
@@ -58,6 +60,7 @@ def check(
         dtype=dtype,
         device=groups.device,
         experts=ExpertsSection(aux_loss_coefficient=0.0, dispatcher=dispatcher),
+        precision=precision,
     )
     chunks = build_chunks(
         arch,
@@ -75,7 +78,7 @@ def check(
         step,
         bridge,
         samples(5, 6, vocab_size=arch.vocab_size, longest=longest),
-        job=_job(hf_dir, parallel),
+        job=_job(hf_dir, parallel, precision),
         hf_dir=reference or hf_dir,
         console=Console(file=io.StringIO()),
     )
@@ -85,11 +88,11 @@ def without_mtp(arch: Architecture) -> Architecture:
     return replace(arch, num_mtp_layers=0)
 
 
-def _job(hf_dir: Path, parallel: Parallel) -> Job:
+def _job(hf_dir: Path, parallel: Parallel, precision: PrecisionSection) -> Job:
     sections: dict[str, Any] = {
         "model": ModelSection(hf_dir=hf_dir),
         "data": DataSection(paths=(hf_dir,), seq_length=4096),
         "train": TrainSection(global_batch_size=1),
         "output": OutputSection(dir=hf_dir),
     }
-    return Job(parallel=parallel, **sections)
+    return Job(parallel=parallel, precision=precision, **sections)

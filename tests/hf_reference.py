@@ -104,10 +104,13 @@ class Reference:
         return directory
 
 
-def build(seed: int = 0, *, bias_std: float = 0.2, **changes: Any) -> Reference:
+def build(
+    seed: int = 0, *, weight_std: float = 0.12, bias_std: float = 0.2, **changes: Any
+) -> Reference:
     """A small model; `changes` are fields of DeepseekV3Config.
 
-    With a `bias_std` of 100 the biases alone choose the experts: no rounding can change them.
+    With a `bias_std` of 100 the biases alone choose the experts: no rounding can change them. A
+    wide model with a large `weight_std` magnifies rounding from layer to layer.
     """
     torch.manual_seed(seed)
     config = DeepseekV3Config(**{**SMALL, **changes}, attn_implementation="eager")
@@ -122,7 +125,7 @@ def build(seed: int = 0, *, bias_std: float = 0.2, **changes: Any) -> Reference:
         for depth in range(config.num_mtp_layers)
     ).eval()
     for parameter in [*model.parameters(), *mtp.parameters()]:
-        mean, std = (1.0, 0.2) if parameter.dim() == 1 else (0.0, 0.12)
+        mean, std = (1.0, 0.2) if parameter.dim() == 1 else (0.0, weight_std)
         parameter.data.normal_(mean, std)
     for name, buffer in [*model.named_buffers(), *mtp.named_buffers()]:
         if "e_score" in name:

@@ -6,11 +6,12 @@ from typing import Any
 
 import hf_reference
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.hf_config import FP8_QUANTIZATION
+from megatron_dsv3.convert.hf_io import write_index
 from megatron_dsv3.convert.mapping import by_hf_name, hf_copies
 from megatron_dsv3.convert.safetensors_file import TensorInfo, info_of
 
@@ -57,6 +58,21 @@ def save(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
     contiguous = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def in_two_shards(directory: Path) -> list[Path]:
+    """Splits the single file of a directory into two shards with an index."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = list(tensors)
+    halves = [names[:100], names[100:]]
+    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    layout = {}
+    for file, half in zip(files, halves, strict=True):
+        save_file({n: tensors[n] for n in half}, directory / file)
+        layout[file] = {n: info_of(tensors[n]) for n in half}
+    write_index(directory, layout)
+    return [directory / file for file in files]
 
 
 class InMemory:

@@ -26,7 +26,7 @@ def model(tmp_path_factory) -> Path:
 
 def test_a_job_ends_with_a_directory_that_transformers_loads(run, model, tmp_path):
     job = write_job(tmp_path, model, write_chats(tmp_path / "chats.jsonl"))
-    code, out, _ = run("train", job, "train.num_epochs=2")
+    code, out, _ = run("train", job, "train.num_epochs=2", "parallel.stages=Et*2mL")
     assert code == 0
     lines = re.findall(
         r"^step (\d)/6 epoch \d\.\d\d loss \d+\.\d{4} mtp_loss \d+\.\d{4} valid_loss - "
@@ -37,6 +37,9 @@ def test_a_job_ends_with_a_directory_that_transformers_loads(run, model, tmp_pat
         re.MULTILINE,
     )
     assert lines == list("123456")
+    placement = "|".join(out.partition("Placement")[2].partition("step 1/")[0].split("\n")[4:5])
+    assert re.findall(r"[\w.-]+", placement) == ["0", "0", "yes", "0-1", "yes", "yes", "1.00"]
+    assert "experts' biases: as loaded" in out
     records = read_metrics(tmp_path / "log")
     assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1].epoch == 2
@@ -77,11 +80,19 @@ def test_mtp_that_is_not_trained_is_written_as_it_was_loaded(run, model, tmp_pat
 
 def test_biases_move_where_the_job_says_so_and_loads_are_recorded(run, model, tmp_path):
     before = load_file(model / "model.safetensors")
-    after = _trained(run, model, tmp_path, "experts.bias=update", "experts.bias_update_rate=0.5")
+    job = write_job(tmp_path, model, write_chats(tmp_path / "chats.jsonl"))
+    code, out, _ = run("train", job, "experts.bias=update", "experts.bias_update_rate=0.5")
+    assert code == 0
+    after = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     moved = (after[name] - before[name]).abs()
     assert moved.max() > 0.4
     assert torch.allclose(moved / 0.5, (moved / 0.5).round(), atol=1e-5), "steps of the rate"
+    drift = json.loads((tmp_path / "log" / "expert_bias_drift.json").read_text())
+    assert drift["layers"] == [1, 2]
+    assert drift["largest_change"][0] == pytest.approx(moved.max().item())
+    largest = max(drift["largest_change"])
+    assert f"moved by at most {largest:.2e} since they were loaded (layer " in out
     [line] = (tmp_path / "log" / "expert_load.jsonl").read_text().splitlines()
     assert json.loads(line)["layers"] == [1, 2]
 
@@ -246,6 +257,11 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], None] | None, list[str], str]] 
         None,
         ["parallel.num_optimizer_instances=2"],
         r"instances 2 must divide both dp\(1\) \* cp\(1\) = 1 and edp\(1\); use one of 1$",
+    ),
+    "a layer placed twice": (
+        None,
+        ["parallel.stages=Et*3mL"],
+        r"stages 'Et\*3mL': expected 2 x t, got 3",
     ),
     "what needs a GPU, on a CPU": (
         None,

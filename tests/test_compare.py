@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import small_checkpoints
 import torch
-from safetensors.torch import load_file, save_file
 from small_checkpoints import WIDE, InMemory
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.convert import compare as module
 from megatron_dsv3.convert.compare import WholeHF, WithCopies, compare
-from megatron_dsv3.convert.hf_io import HFReader, write_index
+from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.mapping import exported_copies
-from megatron_dsv3.convert.safetensors_file import info_of
 
 CONFIG, BF16 = small_checkpoints.bf16_tensors(**WIDE)
 FP8 = small_checkpoints.fp8_tensors(CONFIG, BF16)
@@ -163,21 +161,6 @@ def test_a_dropped_copy_is_found(tmp_path):
     assert not found.is_within(math.inf)
 
 
-def in_two_shards(directory: Path) -> list[Path]:
-    """Splits the single file of a directory into two shards with an index."""
-    tensors = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
-    names = list(tensors)
-    halves = [names[:100], names[100:]]
-    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    layout = {}
-    for file, half in zip(files, halves, strict=True):
-        save_file({n: tensors[n] for n in half}, directory / file)
-        layout[file] = {n: info_of(tensors[n]) for n in half}
-    write_index(directory, layout)
-    return [directory / file for file in files]
-
-
 def twice(first: Path, second: Path) -> None:
     shutil.copyfile(first, second)
 
@@ -207,7 +190,7 @@ def flipped(first: Path, second: Path) -> None:
 )
 def test_damaged_shards_are_refused(damage, message, tmp_path):
     directory = small_checkpoints.save(tmp_path / "hf", CONFIG, FP8)
-    shards = in_two_shards(directory)
+    shards = small_checkpoints.in_two_shards(directory)
     assert compare(WholeHF(directory), WholeHF(directory)).is_equal
     damage(*shards)
     with pytest.raises(ValueError, match=message):

@@ -7,8 +7,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import small_checkpoints
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dsv3.commands.convert import parse_size, share_of
+from megatron_dsv3.commands.verify_checkpoint import verify_checkpoint
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.convert.mapping import by_hf_name
 from megatron_dsv3.convert.offline import Share
@@ -26,7 +29,9 @@ TOOL = ROOT / "tools" / "checkpoint" / "convert.py"
 LIMITED = 40_000
 
 
-def start(*arguments: object, limit: int | None = None) -> subprocess.Popen:
+def start(
+    *arguments: object, limit: int | None = None, env: Mapping[str, object] = MappingProxyType({})
+) -> subprocess.Popen:
     command = [sys.executable, "-W", "ignore", str(TOOL), *map(str, arguments)]
 
     def limit_files() -> None:
@@ -39,7 +44,9 @@ def start(*arguments: object, limit: int | None = None) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=limit_files,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        | {n: str(v) for n, v in env.items()},
     )
 
 
@@ -58,6 +65,18 @@ def fp8_dir(tmp_path_factory) -> Path:
     return directory
 
 
+TO_FP8 = ("--to", "hf", "--dtype", "fp8", "--shard-size", "1MB")
+
+
+@pytest.fixture(scope="module")
+def one_node(fp8_dir, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("one") / "out"
+    done = convert(*TO_FP8, "--from", fp8_dir, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert len(list(out.glob("*.safetensors"))) > 4
+    return files(out)
+
+
 def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*")}
 
@@ -68,11 +87,14 @@ def test_untouched_fp8_comes_back_byte_for_byte(fp8_dir, tmp_path):
     assert there.returncode == 0, there.stderr
     assert "complete" in there.stdout
     assert "GB of memory" in there.stdout
+    assert verify_checkpoint(tmp_path / "mcore").num_tensors > 50
     back = convert(
         *("--to", "hf", "--from", tmp_path / "mcore", "--out", tmp_path / "back"),
         *("--dtype", "fp8", "--scales-from", fp8_dir, "--workers", 1, "--shard-size", "1MB"),
     )
     assert back.returncode == 0, back.stderr
+    assert "serving: config.json: kv_lora_rank is 16" in back.stdout
+    assert "serving: tokenizer" in back.stdout
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
     original, found = load_file(fp8_dir / "model.safetensors"), {}
     for file in (tmp_path / "back").glob("*.safetensors"):
@@ -83,6 +105,41 @@ def test_untouched_fp8_comes_back_byte_for_byte(fp8_dir, tmp_path):
         assert torch.equal(found[name].contiguous().view(torch.uint8), octets), name
     tokenizer = "tokenizer.json"
     assert (tmp_path / "back" / tokenizer).read_bytes() == (fp8_dir / tokenizer).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_nodes", [2, 4])
+def test_nodes_with_their_own_arguments_write_what_one_writes(
+    fp8_dir, one_node, tmp_path, num_nodes
+):
+    """Two by their arguments; four as srun starts them."""
+    common = (*TO_FP8, "--from", fp8_dir, "--out", tmp_path / "out", "--workers", 1)
+    nodes = []
+    for rank in range(num_nodes):
+        said = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": num_nodes}
+        options = ("--node-rank", rank, "--num-nodes", num_nodes) if num_nodes == 2 else ()
+        nodes.append(start(*common, *options, env=said if num_nodes == 4 else {}))
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0] * num_nodes, outputs
+    assert sum("out: complete" in " ".join(out.split()) for out, _ in outputs) == 1, outputs
+    assert files(tmp_path / "out") == one_node
+
+
+@pytest.mark.slow
+def test_finalize_completes_what_the_nodes_left(fp8_dir, one_node, tmp_path):
+    common = (*TO_FP8, "--from", fp8_dir, "--out", tmp_path / "out", "--workers", 1)
+    first = convert(*common, "--node-rank", 0, "--num-nodes", 2)
+    assert "node 0 of 2 is done" in first.stdout
+    early = convert(*common, "--finalize")
+    assert early.returncode == 2
+    assert "files are not finished" in early.stderr
+    assert not (tmp_path / "out").exists()
+    # Another node that was killed while it wrote the end.
+    (tmp_path / "out.tmp" / ".journal" / "ending").touch()
+    assert convert(*common, "--node-rank", 1, "--num-nodes", 2).returncode == 0
+    assert not (tmp_path / "out").exists()
+    assert convert(*common, "--finalize").returncode == 0
+    assert files(tmp_path / "out") == one_node
 
 
 @pytest.mark.slow
@@ -156,10 +213,12 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_slurm_says_which_share_this_is_unless_the_user_does():
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
     assert share_of(None, None, slurm) == Share(3, 8)
     assert share_of(1, 2, slurm) == Share(1, 2)
     assert share_of(None, None, {}) == Share(0, 1)
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    assert share_of(None, None, batch_script) == Share(0, 1)
 
 
 @pytest.mark.slow

@@ -203,8 +203,9 @@ def test_unpacked_rows_are_padded_to_the_longest_of_them(feed, groups):
         assert batch.tokens.shape == (2, int(batch.lengths.max()))
     staged = feed(*overrides)
     staged = replace(staged, job=staged.job.model_copy(update={"parallel": Parallel(pp_size=2)}))
-    for step in staged.batches(groups, Progress()):
-        assert step.micro_batches[0].tokens.shape == (2, 40)
+    for together in (staged, feed(*overrides, "experts.dispatcher=allgather")):
+        for step in together.batches(groups, Progress()):
+            assert step.micro_batches[0].tokens.shape == (2, 40)
 
 
 @pytest.mark.parametrize("packed", ["true", "false"])
@@ -238,6 +239,12 @@ def test_validation_is_one_batch_of_all_rows(feed, groups, tmp_path):
     names = [name for share in shares for batch in share for name in batch.sample_ids]
     assert sorted(names) == [f"s:{i}" for i in range(9)]
     assert feed().validation_batches(groups) == []
+    for vpp_size, number in ((1, 5), (2, 8)):
+        parallel = Parallel(pp_size=4, vpp_size=vpp_size)
+        staged = replace(opened, job=opened.job.model_copy(update={"parallel": parallel}))
+        batches = staged.validation_batches(groups)
+        assert len(batches) == number, "virtual stages take four at a time"
+        assert sorted(name for batch in batches for name in batch.sample_ids) == sorted(names)
 
 
 def test_the_identity_follows_the_content_not_the_place(feed, tmp_path, tokenizer, groups, recipe):

@@ -3,15 +3,13 @@
 `make test-gpu` runs all `gpu` tests in one process: starting takes most of a minute.
 """
 
-import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import hf_reference
 import pytest
 import torch
-import torch.nn.functional as F
 from hf_reference import REAL_HEADS, Reference
+from outcomes import Outcome, in_bf16, of_ours, of_transformers, relative_error
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
@@ -19,7 +17,6 @@ from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import ExpertsSection
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.convert.hf_io import HFReader
-from megatron_dsv3.convert.tensors import pieces_of
 from megatron_dsv3.model.build import build_chunks, routers, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups
@@ -70,53 +67,16 @@ def _packed(num_documents: int, device: torch.device) -> PackedRow:
     )
 
 
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.float().cpu() - theirs).norm() / theirs.norm())
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one model on one input."""
-
-    logits: list[Tensor]
-    gradients: dict[str, Tensor]
-
-
-def _transformers(reference: Reference, tokens: Tensor, labels: Tensor) -> Outcome:
-    reference.model.zero_grad()
-    reference.mtp.zero_grad()
-    logits = reference.logits(tokens)
-    sum(
-        F.cross_entropy(depth.float().flatten(0, 1), label.flatten(), reduction="sum")
-        for depth, label in zip(logits, labels, strict=True)
-    ).backward()
-    return Outcome(
-        [depth.detach().float().cpu() for depth in logits],
-        {name: gradient.float().cpu() for name, gradient in reference.gradients().items()},
-    )
-
-
 @pytest.fixture(scope="module")
 def exact(reference, tokens) -> Outcome:
     """transformers in fp32 on the CPU."""
-    return _transformers(reference, tokens, _labels(tokens))
+    return of_transformers(reference, tokens)
 
 
 @pytest.fixture(scope="module")
 def peer(reference, tokens) -> Outcome:
-    """transformers in bf16 on the GPU; the experts' biases stay fp32, as they do with us."""
-    half = copy.deepcopy(reference)
-    for module in (half.model, half.mtp):
-        biases = {n: b.clone() for n, b in module.named_buffers() if n.endswith("correction_bias")}
-        module.to("cuda", torch.bfloat16)
-        for name, bias in biases.items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, bias.cuda())
-    return _transformers(half, tokens.cuda(), _labels(tokens).cuda())
-
-
-def _labels(tokens: Tensor) -> Tensor:
-    return torch.stack([F.pad(tokens[:, depth + 1 :], (0, depth + 1)) for depth in range(2)])
+    """transformers in bf16 on the GPU."""
+    return of_transformers(in_bf16(reference, "cuda"), tokens.cuda())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,30 +87,19 @@ def test_logits_and_gradients_are_those_of_transformers(
     if packed and dtype is torch.float32:
         pytest.skip("cuDNN has no fp32 attention, and unfused attention no packed rows")
     bridge = _bridge(reference, tmp_path, groups, dtype)
-    [model] = bridge.chunks
-    rows, marked = tokens.cuda(), _labels(tokens).cuda()
-    row = None
-    if packed:
-        rows, marked, row = rows.view(1, -1), marked.view(2, 1, -1), _packed(2, groups.device)
-    positions = torch.arange(LENGTH, device="cuda").expand(2, LENGTH).reshape(rows.shape)
-    with torch.no_grad():
-        ours = model(rows, positions, None, packed_seq_params=row)
+    ours = of_ours(bridge, tokens, row=_packed(2, groups.device) if packed else None)
     for depth, logits in enumerate(exact.logits):
         bound = FP32_TOLERANCE
         if dtype is torch.bfloat16:
-            bound = PEER_RATIO * _error(peer.logits[depth], logits)
-        assert _error(ours[depth].view(logits.shape), logits) < bound
-    wrapped = wrap([model], model.config)
-    wrapped[0].zero_grad_buffer()
-    wrapped[0](rows, positions, None, labels=marked, packed_seq_params=row).sum().backward()
+            bound = PEER_RATIO * relative_error(peer.logits[depth], logits)
+        assert relative_error(ours.logits[depth], logits) < bound
+    assert ours.moved == exact.moved
     excess = {}
-    for param, tensor in bridge.local_tensors():
-        if not param.is_buffer:
-            for name, ours in zip(param.hf, pieces_of(param, tensor.main_grad, 1), strict=True):
-                bound = 3 * FP32_TOLERANCE
-                if dtype is torch.bfloat16:
-                    bound = PEER_RATIO * _error(peer.gradients[name], exact.gradients[name])
-                excess[name] = _error(ours, exact.gradients[name]) / bound
+    for name in exact.moved:
+        bound = 3 * FP32_TOLERANCE
+        if dtype is torch.bfloat16:
+            bound = PEER_RATIO * relative_error(peer.gradients[name], exact.gradients[name])
+        excess[name] = relative_error(ours.gradients[name], exact.gradients[name]) / bound
     worst = max(excess, key=excess.__getitem__)
     assert excess[worst] < 1, f"{worst}: {excess[worst]:.2f} of what is allowed"
 

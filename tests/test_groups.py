@@ -20,6 +20,7 @@ from megatron_dsv3.model.groups import (
     SharedError,
     device_of,
     from_rank_0,
+    leave_layout,
     raise_together,
     start,
     stop,
@@ -59,6 +60,17 @@ def test_one_process_is_every_rank_zero(alone):
     ranks = ("tp_rank", "pp_rank", "ep_rank", "etp_rank", "cp_rank", "dp_rank", "edp_rank")
     assert [getattr(groups, name) for name in ranks] == [0] * 7
     assert groups.collection.tp.size() == groups.collection.dp_cp.size() == 1
+
+
+def test_a_layout_that_was_left_leaves_nothing_but_the_joined_processes(alone):
+    start(Parallel(), CPU)
+    first = len(dist.distributed_c10d._world.pg_map)
+    for _ in range(2):
+        leave_layout()
+        assert dist.is_initialized()
+        assert len(dist.distributed_c10d._world.pg_map) == 1 < first
+        assert start(Parallel(), CPU).collection.tp.size() == 1
+        assert len(dist.distributed_c10d._world.pg_map) == first
 
 
 def test_places_in_the_grid_are_those_counted_by_hand(as_rank):
@@ -158,7 +170,7 @@ def test_groups_stop_and_start_again_with_another_layout(as_rank):
 
 def test_groups_can_be_laid_out_anew_in_a_world_that_stays(as_rank):
     as_rank(Parallel(tp_size=4), 3, 4)
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     groups = start(Parallel(pp_size=4), CPU)
     assert (groups.tp_rank, groups.pp_rank) == (0, 3)
 

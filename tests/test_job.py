@@ -202,6 +202,11 @@ PAIRS = {
         "optimizer.gradients=bf16",
         "precision.compute=fp32",
     ): "optimizer.gradients=bf16 needs precision.compute=bf16",
+    (
+        "train.verify_first=true",
+        "precision.fp8=blockwise",
+        "precision.fp8_params=true",
+    ): "train.verify_first cannot tell a mistake from what precision.fp8_params has rounded",
     ("memory.offload_activations=[attn_proj]",): "attn_proj needs core_attn",
     (
         "memory.offload_activations=[moe_act]",

@@ -1,5 +1,6 @@
 """The loop with a stand-in for the step: records, their order, and what an error closes."""
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dsv3.config.sections import ScheduleSection
+from megatron_dsv3.config.sections import ScheduleSection, SpikesSection
 from megatron_dsv3.train import loop
 from megatron_dsv3.train.loop import Run, StepBatch, train
 from megatron_dsv3.train.metrics import StepRecord
@@ -25,7 +26,7 @@ class Step:
         self, *, fails_at: int = 0, error: Exception | None = None, skips: str | None = None
     ) -> None:
         self.fails_at, self.error, self.skips, self.number = fails_at, error, skips, 0
-        self.guard = SimpleNamespace(num_skipped=0)
+        self.guard = SimpleNamespace(num_skipped=0, section=SpikesSection())
         self.experts = SimpleNamespace(loads=lambda: {3: [self.number, 2]})
         self.lr_fractions: list[float] = []
         self.settled_after: list[int] = []
@@ -164,6 +165,20 @@ def test_validation_and_expert_loads_come_every_nth_step_and_after_the_last(ever
         number: float(number) for number in due
     }
     assert sink.loads == [(number, {3: [number, 2]}) for number in due]
+
+
+def test_a_validation_loss_that_is_not_finite_stops_or_is_recorded_as_the_job_says():
+    def validate() -> Losses:
+        raise NonFiniteError("loss is not finite; rank 0: samples a")
+
+    run = _run(Step(), validate=validate, validate_every_steps=2)
+    with pytest.raises(NonFiniteError, match=r"^validation after step 2: loss .* samples a$"):
+        train(run, _batches())
+    step = Step()
+    step.guard.section = SpikesSection(action="skip")
+    records = train(_run(step, validate=validate, validate_every_steps=2), _batches())
+    assert [record.validation_loss is None for record in records] == [True, False, False]
+    assert math.isnan(records[1].validation_loss)
 
 
 def test_validation_does_not_count_as_the_steps_time(clock):

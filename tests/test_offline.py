@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Mapping
 from pathlib import Path
 
 import file_direction
 import pytest
+import xxhash
 from file_direction import Files
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_dsv3.convert.journal import Entry, Journal
 from megatron_dsv3.convert.memory import Budget, resident_bytes
 from megatron_dsv3.convert.offline import Share, Unit, convert, finalize
 
@@ -142,6 +145,53 @@ def test_an_end_that_failed_can_be_tried_again(undisturbed, tmp_path):
     assert not out.exists()
     assert convert(Files(), out, budget=ONE).is_finished
     assert contents(out) == undisturbed
+
+
+def test_killed_between_its_name_and_the_end_it_is_taken_up_again(
+    undisturbed, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", _die)
+        with pytest.raises(KeyboardInterrupt):
+            convert(Files(), out, budget=ONE)
+    assert (out / ".journal").is_dir()
+    with pytest.raises(ValueError, match=r"out: belongs to another conversion, .* in source"):
+        convert(Files(source="b"), out, budget=ONE)
+    assert convert(Files(), out, budget=ONE).is_finished
+    assert contents(out) == undisturbed
+
+
+def _die(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_killed_processes_were_writing_does_not_stay(tmp_path):
+    journal = Journal(tmp_path / "out", Files().options())
+    machine = os.uname().nodename
+    mine, others = journal.draft("file-3"), tmp_path / "out.tmp" / "file-3.other.4194305.part"
+    dead = mine.with_name(f"file-3.{machine}.4194305.part")
+    for path in (mine, others, dead):
+        path.touch()
+    journal.remove_drafts()
+    assert set(mine.parent.glob("*.part")) == {mine, others}, (
+        "what runs, or runs elsewhere, goes on"
+    )
+
+
+def test_the_seal_gets_size_and_hash_of_every_file_before_the_target_has_its_name(tmp_path):
+    out = tmp_path / "out"
+    seen = {}
+
+    def seal(folder: Path, entries: Mapping[str, Entry]) -> None:
+        assert not out.exists()
+        seen.update({name: (entry.size, entry.xxh3) for name, entry in entries.items()})
+        (folder / "seal").touch()
+
+    convert(Files(), out, budget=ONE, seal=seal)
+    files = {path.name: path.read_bytes() for path in out.glob("file-*")}
+    assert seen == {n: (len(c), xxhash.xxh3_128_hexdigest(c)) for n, c in files.items()}
+    assert (out / "seal").exists()
 
 
 @given(

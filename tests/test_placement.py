@@ -153,6 +153,8 @@ WRONG = {
         r"expected pp_size\(2\) \* vpp_size\(1\) = 2 chunks, got 3",
     ),
     "an empty chunk": ("|Et*61mL", "chunk 1 is empty; write - for one that is meant to be"),
+    "an empty first chunk": ("-|Et*61mL", "E must be in the first chunk and L in the last"),
+    "an empty last chunk": ("Et*61mL|-", "E must be in the first chunk and L in the last"),
     "an unknown letter": ("Et*31|x*30mL", "'x' at character 7 means nothing"),
 }
 

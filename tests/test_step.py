@@ -455,6 +455,14 @@ def test_biases_move_by_the_rate_towards_balance(make):
         torch.testing.assert_close(moved, 0.01 * (load.mean() - load).sign(), rtol=1e-4, atol=0)
 
 
+def test_what_is_about_to_be_saved_has_its_biases_in_fp32(make):
+    step = make().step
+    step.settle()
+    step.routers[0].expert_bias = step.routers[0].expert_bias.bfloat16()
+    with pytest.raises(AssertionError, match="layer 1: expert bias or counter is"):
+        step.settle()
+
+
 # Evaluation
 
 

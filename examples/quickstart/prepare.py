@@ -11,6 +11,7 @@ import importlib.resources
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,15 @@ def main() -> None:
     print(f"data: {num_rows} conversations in {directory / 'champ.jsonl'}")
 
 
-def write_model(directory: Path) -> int:
-    """Saves the model through transformers, and beside it the MTP layer, which that leaves out."""
+def write_model(directory: Path, changes: Mapping[str, Any] | None = None) -> int:
+    """Saves the model through transformers, and beside it the MTP layer, which that leaves out.
+
+    Args:
+        directory: Made where it is not there.
+        changes: Fields of config.json that differ from `CONFIG`.
+    """
     torch.manual_seed(0)
-    config = DeepseekV3Config(**CONFIG)
+    config = DeepseekV3Config(**{**CONFIG, **(changes or {})})
     model = DeepseekV3ForCausalLM(config)
     mtp = MtpLayer(
         config,

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import xxhash
 
@@ -45,20 +46,25 @@ def write_part(directory: Path, names: Sequence[str], rank: int) -> None:
     write_durably(directory / _PART.format(rank=rank), json.dumps(records))
 
 
-def write_manifest(directory: Path) -> None:
+def write_manifest(directory: Path, known: Mapping[str, FileRecord] = MappingProxyType({})) -> None:
     """Joins the ranks' parts and adds the files that no part names.
 
     A file of tensors in no part is not taken in: its writer did not come to its end.
 
+    Args:
+        directory: The checkpoint.
+        known: Files that need not be read again, besides those of the parts.
+
     Raises:
-        ValueError: A file of tensors that no part names.
+        ValueError: A file of tensors that no part names and that is not known.
     """
-    records: dict[str, dict[str, object]] = {}
+    records: dict[str, dict[str, object]] = {n: asdict(record) for n, record in known.items()}
     parts = sorted(directory.glob(_PART.format(rank=0).replace("00000", "*")))
     for part in parts:
         records.update(json.loads(part.read_text()))
     own = {MANIFEST, *(part.name for part in parts)}
-    rest = sorted(f.name for f in directory.iterdir() if f.name not in records.keys() | own)
+    files = [file.name for file in directory.iterdir() if file.is_file()]
+    rest = sorted(name for name in files if name not in records.keys() | own)
     if lost := [name for name in rest if name.endswith(".distcp")]:
         raise ValueError(f"{directory}: the writer of {', '.join(lost)} did not finish")
     records |= {name: asdict(record_file(directory / name)) for name in rest}

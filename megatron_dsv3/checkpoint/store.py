@@ -5,6 +5,7 @@ stock Megatron-Core loads it too. What is this program's own stands under `OWN` 
 """
 
 import random
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,8 @@ def load(trainee: Trainee, path: Path, *, optimizer: bool = True) -> Loaded:
     except SharedError:
         raise
     except Exception as error:  # whatever a damaged file leads to; the others must not wait
-        problem = f"{path}: {type(error).__name__}: {error}"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{path}: {type(error).__name__} in {place.name}: {error or place.line}"
     raise_together(problem)
     assert loaded is not None
     return loaded

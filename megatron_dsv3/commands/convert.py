@@ -10,22 +10,28 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from megatron_dsv3.checkpoint.manifest import FileRecord, record_file, write_manifest
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.convert import offline
+from megatron_dsv3.convert.error_report import ErrorReport
 from megatron_dsv3.convert.hf_plan import Precision
+from megatron_dsv3.convert.journal import Entry, Report
 from megatron_dsv3.convert.megatron_io import INDEX
-from megatron_dsv3.convert.megatron_write import ToMegatron
+from megatron_dsv3.convert.megatron_write import OBJECTS, ToMegatron
 from megatron_dsv3.convert.memory import Budget
 from megatron_dsv3.convert.offline import Direction, Outcome, Share
+from megatron_dsv3.convert.safetensors_file import explained
 from megatron_dsv3.convert.sources import HFSource, MegatronSource, Source
 from megatron_dsv3.convert.to_hf import SHARD_BYTES, ToHF, errors_of
 from megatron_dsv3.convert.xtuner import XTunerSource
+from megatron_dsv3.serve.hf_check import check_hf
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", re.IGNORECASE)
-_NODE_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS")
-"""Set for each task that srun starts; of several tasks on one node each takes its own share."""
+_NODE_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+"""Set for each task that srun starts; of several tasks on one node each takes its own share. Not
+SLURM_NTASKS: a batch script has that, too, and runs there once, as process 0 of all its tasks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,8 @@ def to_hf(
 
 
 def _own_template(origin: Path) -> Path:
+    if not origin.exists():
+        raise ValueError(f"{origin}: no such file or directory; expected a checkpoint")
     if not (origin / "config.json").is_file():
         raise ValueError(
             f"{origin}: without a config.json nothing says which model it holds; give "
@@ -151,9 +159,10 @@ def run(direction: Direction, out: Path, resources: Resources, console: Console)
     Raises:
         ValueError: Something is wrong with source, target or machine; one message.
     """
+    seal = _write_manifest if isinstance(direction, ToMegatron) else _no_seal
     if resources.finalize:
-        offline.finalize(direction, out)
-        console.print(f"{out}: complete")
+        reports = offline.finalize(direction, out, seal=seal)
+        _finished(direction, out, reports, console)
         return None
     with _bar(console) as bar:
         task = bar.add_task("converting", total=None, speed="", memory="")
@@ -170,12 +179,47 @@ def run(direction: Direction, out: Path, resources: Resources, console: Console)
             )
 
         outcome = offline.convert(
-            direction, out, budget=resources.budget, share=resources.share, on_progress=show
+            direction,
+            out,
+            budget=resources.budget,
+            share=resources.share,
+            on_progress=show,
+            seal=seal,
         )
-    _summarise(outcome, out, resources.share, console)
-    if isinstance(direction, ToHF) and outcome.is_finished:
-        _show_errors(outcome, console)
+    _summarise(outcome, console)
+    if outcome.is_finished:
+        _finished(direction, out, outcome.reports, console)
+    else:
+        share = resources.share
+        console.print(
+            f"node {share.rank} of {share.num_nodes} is done; the last node completes {out}, or "
+            f"--finalize does once all have ended"
+        )
     return outcome
+
+
+def _write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """What `verify CHECKPOINT` compares files with."""
+    known = {name: FileRecord(entry.size, entry.xxh3) for name, entry in entries.items()}
+    known[OBJECTS] = record_file(folder / OBJECTS)
+    with explained(folder):
+        write_manifest(folder, known)
+
+
+def _no_seal(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Hugging Face knows no manifest."""
+
+
+def _finished(
+    direction: Direction, out: Path, reports: Mapping[str, Report], console: Console
+) -> None:
+    """What there is to know of a complete target."""
+    console.print(f"{out}: complete")
+    if isinstance(direction, ToHF):
+        _show_errors(errors_of(reports), console)
+        # The model is written and stays: what is in the way of serving it is told, not raised.
+        for finding in check_hf(out):
+            console.print(f"serving: {finding}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _bar(console: Console) -> Progress:
@@ -186,24 +230,16 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _summarise(outcome: Outcome, out: Path, share: Share, console: Console) -> None:
+def _summarise(outcome: Outcome, console: Console) -> None:
     speed = outcome.written_bytes / max(outcome.seconds, 1e-9) / 1e9
     console.print(
         f"{outcome.written_bytes:,} bytes in {outcome.seconds:.0f} s ({speed:.2f} GB/s), at most "
         f"{outcome.peak_memory_bytes / 1e9:.2f} GB of memory"
     )
-    if outcome.is_finished:
-        console.print(f"{out}: complete")
-    else:
-        console.print(
-            f"node {share.rank} of {share.num_nodes} is done; the last node completes {out}, or "
-            f"--finalize does once all have ended"
-        )
 
 
-def _show_errors(outcome: Outcome, console: Console) -> None:
+def _show_errors(report: ErrorReport, console: Console) -> None:
     """What was rounded: relative errors by kind, and the worst tensors."""
-    report = errors_of(outcome.reports)
     lines = [(kind, error) for kind, error in report.kinds().items() if error.relative]
     lines += [(f"worst: {tensor.name}", tensor.error) for tensor in report.worst()[:3]]
     for what, error in lines:

@@ -147,7 +147,10 @@ class Feed:
         """This rank's part of the validation set, which is one global batch."""
         if self.validation is None:
             return []
-        size = self.job.train.micro_batch_size * groups.dp_size
+        parallel = self.job.parallel
+        # Virtual stages take micro-batches in rounds of as many as there are stages.
+        round_size = parallel.pp_size if parallel.vpp_size > 1 else 1
+        size = self.job.train.micro_batch_size * groups.dp_size * round_size
         num_rows = len(self.validation)
         padded = math.ceil(num_rows / size) * size
         [whole] = global_batches(num_rows, global_batch_size=padded, seed=0, num_epochs=1)
@@ -167,8 +170,8 @@ class Feed:
     def to_batch(self, rows: Sequence[Documents]) -> Batch:
         """The tensors of a micro-batch.
 
-        Unpacked rows are padded to the longest of them; but pipeline stages exchange rows of one
-        length for all.
+        Unpacked rows are padded to the longest of them; but pipeline stages, and ranks that gather
+        each other's tokens, exchange rows of one length for all.
         """
         job, depth, pad_id = self.job, self.num_mtp, self.pad_id
         length = job.data.seq_length
@@ -177,7 +180,7 @@ class Feed:
             return pack_batch(
                 rows, row_length=length, multiple=multiple, num_mtp=depth, pad_id=pad_id
             )
-        if job.parallel.pp_size == 1:
+        if job.parallel.pp_size == 1 and job.experts.dispatcher != "allgather":
             longest = max([1, *(len(sample.tokens) for row in rows for sample in row)])
             length = math.ceil(longest / job.row_multiple) * job.row_multiple
         return pack_batch(rows, row_length=length, multiple=length, num_mtp=depth, pad_id=pad_id)

@@ -65,7 +65,7 @@ def check_parity(
     chosen = _choose(samples, job, dp_size=bridge.groups.dp_size, num_mtp=num_mtp)
     mine = _of_rank(chosen, job, bridge)
     capture = Capture(bridge)
-    with capture.running():
+    with capture.running(), _out_of_fp8(step.config):
         try:
             losses = step.evaluate([batch for batch, _ in mine])
         except NonFiniteError:  # all ranks raise it; the comparison says in which layer it began
@@ -118,6 +118,16 @@ def _verdict(
     dist.broadcast_object_list(found, src=0, group=group)
     report: Report | str = found[0]
     return report
+
+
+@contextmanager
+def _out_of_fp8(config: Any) -> Iterator[None]:
+    """Runs the products as `compute` says: what FP8 rounds off would hide what is wrong."""
+    kept, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = kept
 
 
 @contextmanager

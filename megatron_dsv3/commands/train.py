@@ -1,11 +1,13 @@
 """`megatron-dsv3 train`: from a job to a fine-tuned Hugging Face directory."""
 
+import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -168,18 +170,27 @@ def _train_and_write(
     records = _train(inputs, feed, identity, engine, done, console)
     for callback in on_end:
         callback(Trained(bridge.chunks, groups, records))
-    experts = engine.step.experts
-    experts.check()
-    drift = experts.drift()
-    if job.experts.bias != "freeze":
-        layer = max(drift, key=drift.__getitem__)
-        tell(f"expert bias moved by at most {drift[layer]:.2e} (layer {layer})")
+    drift = engine.step.experts.drift()
     write_model(bridge, job, inputs.reader, job.output.dir)
     tell(f"wrote {job.output.dir}")
     if groups.rank == 0:
         # The model is written and stays: what is in the way of serving it is told, not raised.
         for finding in check_hf(job.output.dir):
             tell(f"serving: {finding}")
+        tell(_report_drift(drift, job.log_dir / "expert_bias_drift.json"))
+
+
+def _report_drift(drift: Mapping[int, float], path: Path) -> str:
+    """What the experts' biases have become since they were loaded: one line, and all in a file."""
+    layer = max(drift, key=drift.__getitem__, default=None)
+    if layer is None or drift[layer] == 0:
+        return "experts' biases: as loaded"
+    content = {"layers": list(drift), "largest_change": list(drift.values())}
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return (
+        f"experts' biases: moved by at most {drift[layer]:.2e} since they were loaded "
+        f"(layer {layer}); every layer in {path}"
+    )
 
 
 def _verify_first(feed: Feed, engine: Engine, console: Console) -> None:

@@ -9,6 +9,7 @@ from megatron_dsv3.commands.assemble import build_model
 from megatron_dsv3.commands.gate import check_parity
 from megatron_dsv3.commands.train import device_for, read_inputs, session
 from megatron_dsv3.config.job import Job
+from megatron_dsv3.config.sections import PrecisionSection
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.model.build import wrap
 from megatron_dsv3.train.step import TrainStep
@@ -23,7 +24,11 @@ def run(hf_dir: Path, job: Job, console: Console) -> None:
     inputs = read_inputs(job, int(os.environ.get("WORLD_SIZE", "1")), device_for(job))
     HFReader(hf_dir).check_against(inputs.checkpoint)
     with session(inputs) as groups:
-        bridge = build_model(job, inputs.arch, groups, checkpoint=inputs.checkpoint)
+        # Nor are weights kept in FP8: rounding is no mistake, and would hide one.
+        plain = job.model_copy(
+            update={"precision": PrecisionSection(compute=job.precision.compute)}
+        )
+        bridge = build_model(plain, inputs.arch, groups, checkpoint=inputs.checkpoint)
         bridge.load(inputs.reader)
         step = TrainStep(
             wrap(bridge.chunks, bridge.chunks[0].config),

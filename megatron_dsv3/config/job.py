@@ -66,6 +66,11 @@ class Job(Section):
                 "optimizer.gradients=bf16 needs precision.compute=bf16; fp32 weights have fp32 "
                 "gradients"
             )
+        if self.train.verify_first and self.precision.fp8_params:
+            problems.append(
+                "train.verify_first cannot tell a mistake from what precision.fp8_params has "
+                "rounded; set one of them to false, or ask `megatron-dsv3 verify` before the run"
+            )
         parallel, multiple = self.parallel, self.row_multiple
         if self.data.seq_length % multiple:
             rounded = math.ceil(self.data.seq_length / multiple) * multiple

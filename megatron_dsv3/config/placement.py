@@ -184,6 +184,8 @@ def _string_problems(chunks: Sequence[str], arch: Architecture, parallel: Parall
             f"expected pp_size({parallel.pp_size}) * vpp_size({parallel.vpp_size}) = "
             f"{parallel.num_chunks} chunks, got {len(chunks)}"
         )
+    if not problems and not ("E" in chunks[0] and "L" in chunks[-1]):
+        problems.append("E must be in the first chunk and L in the last")
     empty = [number for number, chunk in enumerate(chunks, start=1) if not chunk]
     if empty:
         problems.append(f"chunk {empty[0]} is empty; write - for one that is meant to be")

@@ -10,6 +10,7 @@ the directory and nothing else.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -54,6 +55,8 @@ class Journal:
         self.out = Path(os.path.realpath(out))
         self.staging = self.out.with_name(self.out.name + ".tmp")
         self._folder = self.staging / _JOURNAL
+        self._options = json.loads(json.dumps(options))
+        self._reopen()
         if self._folder.is_dir():
             if self.out.exists():
                 check_target_absent(self.out)
@@ -61,12 +64,20 @@ class Journal:
             check_target(out)
         with explained(self.staging):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._claim(json.loads(json.dumps(options)))
+            self._claim()
 
-    def _claim(self, options: Mapping[str, Any]) -> None:
+    def _reopen(self) -> None:
+        """Takes back a target that was killed with its name, but before its journal was gone."""
+        ended = self.out / _JOURNAL / "options.json"
+        if ended.is_file() and not self.staging.exists():
+            self._compare(ended)
+            with explained(self.staging):
+                self.out.replace(self.staging)
+
+    def _claim(self) -> None:
         path = self._folder / "options.json"
         draft = self._folder / f".options.{os.uname().nodename}.{os.getpid()}"
-        write_synced(draft, json.dumps(options, indent=2).encode())
+        write_synced(draft, json.dumps(self._options, indent=2).encode())
         try:
             # Unlike a rename it fails where another process came first.
             os.link(draft, path)
@@ -74,15 +85,31 @@ class Journal:
             pass
         finally:
             draft.unlink()
-        found = _read_json(path)
+        self._compare(path)
+
+    def _compare(self, path: Path) -> None:
+        """Raises ValueError unless the options there are this conversion's."""
+        options, found = self._options, _read_json(path)
         differing = sorted(
             name for name in options.keys() | found.keys() if options.get(name) != found.get(name)
         )
         if differing:
             raise ValueError(
-                f"{self.staging}: belongs to another conversion, which differs in "
+                f"{path.parent.parent}: belongs to another conversion, which differs in "
                 f"{', '.join(differing)}; finish that one, delete the directory or choose another"
             )
+
+    def draft(self, name: str) -> Path:
+        """Where this process writes a file until it is finished."""
+        return self.staging / f"{name}.{os.uname().nodename}.{os.getpid()}.part"
+
+    def remove_drafts(self) -> None:
+        """Removes what killed processes of this machine left: a file of 5 GB for each of them."""
+        machine = re.escape(os.uname().nodename)
+        for path in self.staging.glob("*.part"):
+            match = re.search(rf"\.{machine}\.(\d+)\.part$", path.name)
+            if match is not None and not _runs(int(match[1])):
+                path.unlink(missing_ok=True)
 
     def entry(self, name: str) -> Entry | None:
         """What is known of a file; None: it is not finished. The file itself is not looked at."""
@@ -153,6 +180,10 @@ def _contents(path: Path) -> Iterator[memoryview]:
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             yield buffer[:count]
+
+
+def _runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def _read_json(path: Path) -> Any:

@@ -7,7 +7,6 @@ each writes its share of the files, and the one that finds all of them finished 
 
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from megatron_dsv3.convert.journal import Entry, Journal, Report, hash_file
 from megatron_dsv3.convert.memory import Budget, resident_bytes
 from megatron_dsv3.convert.workers import run_tasks
 
+Seal = Callable[[Path, Mapping[str, Entry]], None]
+"""Takes the folder and, of each unit in it, size and hash."""
 _SPARE_BYTES = 100_000_000
 """For indices, tokenizer and journal."""
 
@@ -115,7 +116,7 @@ class _UnitWork:
         if self._is_whole(task, on_bytes):
             return
         final = self.journal.staging / task
-        path = final.with_name(f"{task}.{socket.gethostname()}.{os.getpid()}.part")
+        path = self.journal.draft(task)
         try:
             report = self.direction.write(
                 task, path, piece_bytes=self.piece_bytes, on_bytes=on_bytes
@@ -147,10 +148,19 @@ def convert(
     budget: Budget,
     share: Share = Share(),
     on_progress: Callable[[Progress], None] = lambda _: None,
+    seal: Seal = lambda folder, entries: None,
 ) -> Outcome:
     """Converts this node's share, and completes the target if no other share is missing.
 
     Killed and called again it goes on from the finished files.
+
+    Args:
+        direction: What is converted.
+        out: The target.
+        budget: What this machine's processes may take.
+        share: Which node this is.
+        on_progress: Called several times a second.
+        seal: Called when all is written, before the target has its name.
 
     Raises:
         ValueError: The target is another's, the disk is too small, or a file cannot be written or
@@ -159,6 +169,7 @@ def convert(
     began = time.monotonic()
     units = direction.units()
     journal = Journal(out, direction.options())
+    journal.remove_drafts()
     _check_space(journal, units)
     mine = share.of(units)
     total = sum(unit.num_bytes for unit in mine)
@@ -173,17 +184,23 @@ def convert(
     work = _UnitWork(direction, journal, budget.piece_bytes)
     run_tasks(work, [unit.name for unit in mine], num_workers=budget.num_workers, on_tick=tick)
     # Alone there is nobody else who could be at it, only an earlier run that was killed.
-    reports = _complete(direction, journal, force=share.num_nodes == 1)
+    reports = _complete(direction, journal, seal, force=share.num_nodes == 1)
     finished = reports is not None
     return Outcome(done, time.monotonic() - began, peak, finished, reports or {})
 
 
-def finalize(direction: Direction, out: Path) -> None:
+def finalize(
+    direction: Direction, out: Path, *, seal: Seal = lambda folder, entries: None
+) -> Mapping[str, Report]:
     """Completes a target after all nodes have ended, one of them perhaps while completing it.
 
     Args:
         direction: The same as the one that wrote the files.
         out: The target.
+        seal: Called when all is written, before the target has its name.
+
+    Returns:
+        The report of every unit.
 
     Raises:
         ValueError: Files are not finished.
@@ -195,27 +212,30 @@ def finalize(direction: Direction, out: Path) -> None:
             f"{journal.staging}: {len(missing)} of {len(direction.units())} files are not "
             f"finished, the first is {missing[0]}; start the nodes again that were to write them"
         )
-    _complete(direction, journal, force=True)
+    return _complete(direction, journal, seal, force=True) or {}
 
 
 def _complete(
-    direction: Direction, journal: Journal, *, force: bool
+    direction: Direction, journal: Journal, seal: Seal, *, force: bool
 ) -> Mapping[str, Report] | None:
     """Writes what comes after all files; None: some are missing, or another node does it or did.
 
     Args:
         direction: What is converted.
         journal: Of the target.
+        seal: Called at the end.
         force: Do it even if another node seems to be at it.
     """
     if _missing(direction, journal) or not journal.claim_end(force=force):
         return None
     try:
-        entries = {unit.name: journal.entry(unit.name) for unit in direction.units()}
-        reports = {name: entry.report for name, entry in entries.items() if entry is not None}
+        found = {unit.name: journal.entry(unit.name) for unit in direction.units()}
+        entries = {name: entry for name, entry in found.items() if entry is not None}
+        reports = {name: entry.report for name, entry in entries.items()}
         for stray in journal.staging.glob("*.part"):
             stray.unlink(missing_ok=True)
         direction.finish(journal.staging, reports)
+        seal(journal.staging, entries)
     except BaseException:
         journal.release_end()
         raise

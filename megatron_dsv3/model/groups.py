@@ -160,6 +160,19 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def leave_layout() -> None:
+    """Collective: ends a layout's groups; the processes stay joined and may start another.
+
+    Megatron-Core only forgets its groups; their threads and connections would stay.
+    """
+    mine = parallel_state._global_process_group_list or []  # there is no public list
+    groups = [group for group in dict.fromkeys(mine) if group is not None]
+    dist.barrier()  # nobody is left in one of them
+    for group in groups:
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
 def _embedding_ranks(parallel: Parallel, mtp_stage: int | None) -> dict[str, Any]:
     """MTP embeds too, but by default the embedding's gradient is summed over the ends only."""
     if mtp_stage is None or mtp_stage == parallel.pp_size - 1:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.plan.kernels import Kernels, Seconds
 from megatron_dsv3.plan.links import Links
 from megatron_dsv3.plan.records import Workload
 
 Kind = Literal["compute", "tp", "ep", "cp"]
+Unit = Literal["dense", "moe", "mtp", "head"]
 KINDS: tuple[Kind, ...] = ("compute", "tp", "ep", "cp")
 COPIES = 2.0
 """Passes over memory for one that is needed: casts, concatenations and gradients that are added.
@@ -21,7 +21,7 @@ Fitted to whole steps on an H100."""
 PADDED_VALUES = 1.9
 """Slower attention where context parallelism pads values to the keys' width: 12.95 ms against 6.88
 (docs/performance.md)."""
-LAUNCH_SECONDS: Mapping[str, tuple[float, float]] = {
+LAUNCH_SECONDS: Mapping[Unit, tuple[float, float]] = {
     "dense": (5e-3, 11e-3), "moe": (8e-3, 18e-3), "mtp": (9e-3, 20e-3), "head": (1e-3, 2e-3),
 }  # fmt: skip
 """What the host needs to start the kernels of a unit, forward and backward. FP8 blocks with one
@@ -63,14 +63,14 @@ class LayerTimes:
     links: Links
     _units: dict[str, UnitTime] = field(default_factory=dict, compare=False, repr=False)
 
-    def unit(self, name: Literal["dense", "moe", "mtp", "head"]) -> UnitTime:
+    def unit(self, name: Unit) -> UnitTime:
         """A dense layer, an expert layer, an MTP layer without head, one pass of head and loss."""
         if name not in self._units:
             rows = tuple(self._rows(name))
             self._units[name] = _summed(rows, self._again(name), LAUNCH_SECONDS[name])
         return self._units[name]
 
-    def _rows(self, name: str) -> Iterator[Row]:
+    def _rows(self, name: Unit) -> Iterator[Row]:
         arch = self.workload.arch
         if name == "head":
             yield from self._head()
@@ -86,7 +86,7 @@ class LayerTimes:
             yield Row("eh_proj", "compute", seconds)
             yield self._copy("MTP norms", 12 * arch.hidden_size * self._share, "layernorm")
 
-    def _again(self, name: str) -> frozenset[str] | None:
+    def _again(self, name: Unit) -> frozenset[str] | None:
         """Modules that backward computes again; None: all of the unit."""
         memory = self.workload.memory
         if memory.recompute == "full":
@@ -247,8 +247,3 @@ def _summed(
     for times, floor in ((forward, least[0]), (backward, least[1])):
         times["compute"] += max(0.0, floor - sum(times.values()))
     return UnitTime(forward=forward, backward=backward, rows=rows)
-
-
-def unit_of_layer(arch: Architecture, layer: int) -> Literal["dense", "moe"]:
-    """Which unit a decoder layer is."""
-    return "moe" if arch.is_moe_layer(layer) else "dense"

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.plan.records import Cluster
 
+EXCHANGE_REACHED = 0.7
+"""Share of the network's large-message rate that an all-to-all of many small ones gets. Assumed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -84,7 +87,8 @@ class Links:
             return 0.0
         card, on_node = self.cluster.card, group.on_node(self.cluster.gpus_per_node)
         near = num_bytes * (on_node - 1) / group.size / (card.nvlink_gb_s * 1e9)
-        far = num_bytes * (group.size - on_node) / group.size / (card.network_gb_s * 1e9)
+        far = num_bytes * (group.size - on_node) / group.size
+        far /= EXCHANGE_REACHED * card.network_gb_s * 1e9
         latency = card.nvlink_latency_s if on_node == group.size else card.network_latency_s
         # Both kinds of links work at once.
         return max(near, far) + 2 * latency

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.counts import count_parameters, flops_per_token
+from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import Stage, place
 from megatron_dsv3.plan.kernels import Kernels
-from megatron_dsv3.plan.layer_times import KINDS, Kind, LayerTimes, UnitTime, unit_of_layer
+from megatron_dsv3.plan.layer_times import KINDS, Kind, LayerTimes, Unit, UnitTime
 from megatron_dsv3.plan.links import Links
 from megatron_dsv3.plan.records import Cluster, StepTime, Workload
 from megatron_dsv3.plan.schedule import Costs, Timeline, simulate
@@ -47,10 +48,8 @@ class Speed:
         data_parallel = self._data_parallel(workload)
         optimizer = self._optimizer(workload)
         total = timeline.seconds + data_parallel + optimizer + STEP_SECONDS
-        tokens = workload.num_micro_batches * workload.micro_batch_size * workload.seq_length
-        tokens *= workload.parallel.dp_size(workload.world_size)
         length = min(workload.document_length or workload.seq_length, workload.seq_length)
-        rate = tokens / total / workload.world_size
+        rate = _tokens(workload) / total / workload.world_size
         tflops = rate * flops_per_token(workload.arch, length) / 1e12
         return StepTime(
             compute=kinds["compute"],
@@ -66,12 +65,21 @@ class Speed:
             origins=self._origins(workload),
         )
 
+    def rate_at_most(self, workload: Workload) -> float:
+        """Tokens a second and GPU without any bubble: fast to work out, and never too low."""
+        busy = [0.0] * workload.parallel.pp_size
+        for stage in place(workload.arch, workload.parallel):
+            chunk = self._chunk(workload, stage)
+            busy[stage.pp_rank] += chunk.total(forward=True) + chunk.total(forward=False)
+        seconds = workload.num_micro_batches * max(busy) + self._optimizer(workload)
+        return _tokens(workload) / seconds / workload.world_size
+
     def timeline(self, workload: Workload, *, whole: bool = False) -> Timeline:
         """All stages' forward and backward passes on a clock."""
         parallel, arch = workload.parallel, workload.arch
         times = [self._chunk(workload, stage) for stage in place(arch, parallel)]
         tokens = workload.tokens_per_rank / parallel.tp_size
-        links = self._times(workload).links
+        links = Links(self.cluster, parallel, workload.world_size)
         return simulate(
             Costs(
                 forward=[chunk.total(forward=True) for chunk in times],
@@ -89,23 +97,27 @@ class Speed:
         """Units depend on less than the whole workload, and are worked out once."""
         parallel = workload.parallel
         key = (
-            workload.arch, parallel.tp_size, parallel.cp_size, parallel.ep_size, parallel.etp_size,
+            parallel.tp_size, parallel.cp_size, parallel.ep_size, parallel.etp_size,
             workload.tokens_per_rank, workload.seq_length, workload.document_length,
-            workload.precision, workload.memory, workload.imbalance,
+            workload.precision, workload.memory, workload.imbalance, workload.arch,
         )  # fmt: skip
         if key not in self._layers:
             links = Links(self.cluster, parallel, workload.world_size)
             self._layers[key] = LayerTimes(workload, self.kernels, links)
-        return replace(self._layers[key], links=Links(self.cluster, parallel, workload.world_size))
+        return self._layers[key]
 
     def _chunk(self, workload: Workload, stage: Stage) -> UnitTime:
-        times = self._times(workload)
-        units = [times.unit(unit_of_layer(workload.arch, layer)) for layer in stage.layers]
-        units += [times.unit("mtp")] * len(stage.mtp_layers)
-        units += [times.unit("head")] * (stage.has_loss * (1 + workload.arch.num_mtp_layers))
+        arch, times = workload.arch, self._times(workload)
+        numbers: dict[Unit, int] = {
+            "dense": sum(not arch.is_moe_layer(layer) for layer in stage.layers),
+            "moe": sum(arch.is_moe_layer(layer) for layer in stage.layers),
+            "mtp": len(stage.mtp_layers),
+            "head": stage.has_loss * (1 + arch.num_mtp_layers),
+        }
+        units = [(times.unit(name), number) for name, number in numbers.items() if number]
         return UnitTime(
-            forward={kind: sum(unit.forward[kind] for unit in units) for kind in KINDS},
-            backward={kind: sum(unit.backward[kind] for unit in units) for kind in KINDS},
+            forward={kind: sum(n * unit.forward[kind] for unit, n in units) for kind in KINDS},
+            backward={kind: sum(n * unit.backward[kind] for unit, n in units) for kind in KINDS},
         )
 
     def _busy_by_kind(self, workload: Workload, pp_rank: int) -> Mapping[Kind, float]:
@@ -173,9 +185,19 @@ class Speed:
         }
 
 
+def _tokens(workload: Workload) -> int:
+    """Of a step, over all ranks."""
+    rows = workload.num_micro_batches * workload.micro_batch_size
+    return rows * workload.seq_length * workload.parallel.dp_size(workload.world_size)
+
+
 def stage_parameters(workload: Workload) -> Sequence[StageParameters]:
     """What one rank of each pipeline stage holds, in closed form."""
-    arch, parallel = workload.arch, workload.parallel
+    return _stage_parameters(workload.arch, workload.parallel)
+
+
+@functools.cache
+def _stage_parameters(arch: Architecture, parallel: Parallel) -> Sequence[StageParameters]:
     held = []
     for pp_rank in range(parallel.pp_size):
         common = experts = 0.0

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from megatron_dsv3.data.batch import Batch
 from megatron_dsv3.data.dataset import Position
 from megatron_dsv3.model.groups import Groups, SharedError
 from megatron_dsv3.train.metrics import Sink, StepRecord
+from megatron_dsv3.train.spikes import NonFiniteError
 from megatron_dsv3.train.step import Counts, Losses, StepResult, TrainStep
 
 START = Position()
@@ -121,10 +123,19 @@ def _is_due(number: int, every_steps: int, num_steps: int) -> bool:
 
 
 def _validation_loss(run: Run, number: int) -> float | None:
-    """Collective, like all that follows a step; its time does not count as the step's."""
+    """Collective, like all that follows a step; its time does not count as the step's.
+
+    Raises:
+        NonFiniteError: It is not finite, and the job says stop.
+    """
     if run.validate is None or not _is_due(number, run.validate_every_steps, run.num_steps):
         return None
-    return run.validate().main
+    try:
+        return run.validate().main
+    except NonFiniteError as error:
+        if run.step.guard.section.action == "skip":
+            return math.nan
+        raise NonFiniteError(f"validation after step {number}: {error}") from error
 
 
 def _log_expert_load(run: Run, number: int) -> None:

@@ -12,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsv3.config.sections import OptimizerSection, ScheduleSection
+from megatron_dsv3.train.remainders import keep_masters_whole
 from megatron_dsv3.train.spikes import NonFiniteError
 
 
@@ -38,7 +39,10 @@ def build_optimizer(
     )
     # The planner's ranks of a world that is not there have no groups on the host.
     has_gloo = dist.get_backend() != "fake"
-    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=has_gloo)
+    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=has_gloo)
+    for part in optimizer.chained_optimizers:
+        keep_masters_whole(part)
+    return optimizer
 
 
 def _states(section: OptimizerSection) -> dict[str, Any]:

@@ -209,7 +209,8 @@ class TrainStep:
         return self._losses(outputs, rows, counts)
 
     def settle(self) -> None:
-        """Waits for weights that are still being gathered after the last update."""
+        """Before the weights are saved: waits for those still being gathered, checks the biases."""
+        self.experts.check()
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)

@@ -32,7 +32,7 @@ from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.job import Job
 from megatron_dsv3.config.placement import mtp_stage, place
 from megatron_dsv3.model import cpu
-from megatron_dsv3.model.groups import Groups, start, stop
+from megatron_dsv3.model.groups import Groups, leave_layout, start, stop
 
 SAVED_AFTER = 3
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -60,8 +60,7 @@ def in_layout(job: Job, do: Callable[[Groups], Any]) -> Any:
     mtp = mtp_stage(place(arch, job.parallel))
     groups = start(job.parallel, torch.device("cpu"), seed=7, mtp_stage=mtp)
     result = do(groups)
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     return result
 
 

@@ -16,14 +16,13 @@ import gate_model
 import torch
 import torch.distributed as dist
 from distributed.worker import DTYPES
-from megatron.core import parallel_state
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import mtp_stage, place
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.model import cpu
-from megatron_dsv3.model.groups import Groups, SharedError, start, stop
+from megatron_dsv3.model.groups import Groups, SharedError, leave_layout, start, stop
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,7 @@ def main() -> None:
         assert all(str(other) == str(outcome) for other in outcomes), "every rank says the same"
         if groups.rank == 0:
             (Path(plan["out"]) / f"{case.name}.json").write_text(json.dumps(outcome))
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     stop()
 
 

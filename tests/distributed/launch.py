@@ -36,6 +36,7 @@ def launch(
     out: Path,
     batch_size: int = 8,
     longest: int = 24,
+    device: str = "cpu",
     timeout_s: float = 1800,
 ) -> Results:
     """Runs all cases in one launch; a failure shows the end of the ranks' output."""
@@ -47,6 +48,7 @@ def launch(
         "cases": [asdict(case) for case in cases],
         "batch_size": batch_size,
         "longest": longest,
+        "device": device,
     }
     plan.write_text(json.dumps(content))
     torchrun(num_processes, WORKER, plan, timeout_s=timeout_s)

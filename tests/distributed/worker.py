@@ -2,11 +2,12 @@
 
     torchrun --nproc-per-node N worker.py PLAN.json
 
-PLAN.json: {"hf_dir", "out", "cases": [Case...]}. For each case rank 0 writes
+PLAN.json: {"hf_dir", "out", "device", "cases": [Case...]}. For each case rank 0 writes
 `out/NAME.json` (losses, gradient norms) and, as safetensors under Hugging Face's names,
 `out/NAME/{gradients,weights}.safetensors` or the exported directory.
 """
 
+import gc
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.mistakes import MISTAKES
-from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +41,7 @@ from megatron_dsv3.data.store import Sample
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config
-from megatron_dsv3.model.groups import start, stop
+from megatron_dsv3.model.groups import device_of, leave_layout, start, stop
 from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
 from megatron_dsv3.train.step import TrainStep
 
@@ -122,11 +122,13 @@ def gather_gradients(wrapped: list[Any]) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
 
-def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -> None:
+def run(
+    case: Case, hf_dir: Path, out: Path, device: torch.device, *, batch_size: int, longest: int
+) -> None:
     arch = Architecture.from_hf(hf_dir)
     parallel = Parallel(**case.parallel)
     mtp = mtp_stage(place(arch, parallel))
-    groups = start(parallel, torch.device("cpu"), seed=7, mtp_stage=mtp)
+    groups = start(parallel, device, seed=7, mtp_stage=mtp)
     experts = ExpertsSection(aux_loss_coefficient=case.balance, **case.experts)
     dtype = DTYPES[case.dtype]
     config = mcore_config(
@@ -138,7 +140,12 @@ def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -
         memory=MemorySection(**case.memory),
     )
     chunks = build_chunks(
-        arch, parallel, groups, config, max_seq_length=longest, transformer_engine=False
+        arch,
+        parallel,
+        groups,
+        config,
+        max_seq_length=longest,
+        transformer_engine=device.type == "cuda",
     )
     bridge = Bridge(chunks, arch, parallel, groups)
     bridge.load(HFReader(hf_dir))
@@ -206,7 +213,7 @@ def run(case: Case, hf_dir: Path, out: Path, *, batch_size: int, longest: int) -
 
 
 def _save(bridge: Bridge, directory: Path, name: str, dtype: torch.dtype) -> None:
-    tensors = {key: value.clone() for key, value in bridge.export(dtype=dtype)}
+    tensors = {key: value.to("cpu", copy=True) for key, value in bridge.export(dtype=dtype)}
     if bridge.groups.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, directory / f"{name}.safetensors")
@@ -214,7 +221,9 @@ def _save(bridge: Bridge, directory: Path, name: str, dtype: torch.dtype) -> Non
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    cpu.enable()
+    device = device_of(plan["device"])
+    if device.type == "cpu":
+        cpu.enable()
     for entry in plan["cases"]:
         case = Case(**entry)
         sizes = {"batch_size": plan["batch_size"], "longest": plan["longest"]}
@@ -222,13 +231,13 @@ def main() -> None:
             with pytest.MonkeyPatch.context() as patch:
                 if case.mistake:
                     MISTAKES[case.mistake](patch)
-                run(case, Path(plan["hf_dir"]), Path(plan["out"]), **sizes)
+                run(case, Path(plan["hf_dir"]), Path(plan["out"]), device, **sizes)
         except Exception as error:
             error.add_note(f"in case {case.name!r}")
             raise
         # The processes stay joined: a second rendezvous would meet the first one's addresses.
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
+        leave_layout()
+        gc.collect()  # a model is part of a cycle, and holds the groups that it was built in
     stop()
 
 
