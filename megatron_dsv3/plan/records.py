@@ -89,12 +89,14 @@ class States:
     optimizer: int
     """Masters and moments on the GPU."""
     optimizer_host: int = 0
-    """Masters and moments in host memory."""
+    """Masters, moments and gradients in host memory."""
+    caches: int = 0
+    """What Transformer Engine keeps: FP8 copies of weights, workspaces, stand-ins for gradients."""
 
     @property
     def gpu(self) -> int:
         """All on the GPU."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.caches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
