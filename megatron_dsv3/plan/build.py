@@ -118,5 +118,5 @@ def _keep_input(workload: Workload) -> frozenset[str]:
     if "layernorm" in again:
         names |= {"linear_q_down_proj", "linear_kv_down_proj"}
     if "moe_act" in again:
-        names.add("experts.linear_fc2")
+        names.add("mlp.experts.linear_fc2")
     return frozenset(names)
