@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megatron_dsv3.commands.plan_cli import plan
 from megatron_dsv3.config.job import load_job
 from megatron_dsv3.data.pipeline import History, OnBadRow, SampleOptions, TooLong
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 serve = typer.Typer(help="Serve an exported model with vLLM.", no_args_is_help=True)
 app.add_typer(serve, name="serve")
+app.add_typer(plan, name="plan")
 USER_ERROR = 2
 JOB_SUFFIXES = (".yaml", ".yml")
 DIFFERENT = 1

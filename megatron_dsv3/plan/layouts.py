@@ -53,6 +53,24 @@ MAX_PP_SIZE = 32
 MICRO_BATCHES = (1, 2, 4)
 
 
+def allowed_states(*, moments: str, offload: bool, bf16_gradients: bool) -> tuple[str, ...]:
+    """Rungs of `STATES` that a user lets the search take.
+
+    Args:
+        moments: fp32, bf16 or any.
+        offload: Whether states may live in host memory.
+        bf16_gradients: Whether gradients may be summed in bf16.
+    """
+    names = [
+        name
+        for name, section in STATES.items()
+        if moments in ("any", section.moments)
+        and (offload or section.offload_fraction == 0)
+        and (bf16_gradients or section.gradients == "fp32")
+    ]
+    return tuple(names)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What a user asks of the search."""
