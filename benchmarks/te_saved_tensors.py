@@ -1,9 +1,9 @@
 """What the modules of a layer hold for backward and take while they run, measured on one GPU.
 
-    python benchmarks/te_saved_tensors.py --json FILE [--tokens 4096 8192]
+    python benchmarks/te_saved_tensors.py --json FILE [--tokens 4096]
 
 Takes the modules out of the model that training builds (a dense and an expert layer of DeepSeek-V3,
-8 experts), after two steps, so that caches are filled. Each runs alone on tensors of its own:
+8 experts), after a step, so that caches are filled. Each runs alone on tensors of its own:
 
     extra      bytes held after forward, beyond inputs and outputs that the caller still has
     input      bytes of the inputs that stay when the caller lets go of them
@@ -29,7 +29,7 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from megatron_dsv3.config.parallel import Parallel
-from megatron_dsv3.config.sections import PrecisionSection
+from megatron_dsv3.config.sections import OptimizerSection, PrecisionSection
 from megatron_dsv3.model.build import unwrap
 from megatron_dsv3.model.groups import device_of, start, stop
 from megatron_dsv3.train import bench
@@ -38,7 +38,6 @@ from megatron_dsv3.train.step import to_row
 PRECISIONS = {
     "bf16": PrecisionSection(),
     "blockwise": PrecisionSection(fp8="blockwise"),
-    "blockwise, FP8 parameters": PrecisionSection(fp8="blockwise", fp8_params=True),
     "tensorwise": PrecisionSection(fp8="tensorwise"),
 }
 ARCH = bench.slice_of_v3(num_layers=2)
@@ -68,29 +67,30 @@ def main() -> None:
     """Measures every module in every precision and writes one file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--tokens", type=int, default=4096)
     arguments = parser.parse_args()
     groups = start(Parallel(), device_of("cuda"))
-    results: list[Held] = []
+    about = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    rows: list[dict[str, Any]] = []
     for precision in PRECISIONS:
-        for tokens in arguments.tokens:
-            results += _precision(precision, tokens, groups)
-            bench.release()
-    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-    rows = [asdict(held) for held in results]
-    arguments.json.write_text(json.dumps({"versions": versions, "modules": rows}, indent=1))
+        rows += [asdict(held) for held in _precision(precision, arguments.tokens, groups)]
+        bench.release()
+        arguments.json.write_text(json.dumps({"about": about, "modules": rows}, indent=1) + "\n")
     stop()
 
 
 def _precision(precision: str, tokens: int, groups: Any) -> list[Held]:
     case = bench.Case(
-        name=precision, arch=ARCH, document_length=tokens, precision=PRECISIONS[precision]
+        name=precision,
+        arch=ARCH,
+        document_length=tokens,
+        precision=PRECISIONS[precision],
+        optimizer=OptimizerSection(moments="bf16"),
     )
     prepared = bench.prepare(case, groups)
     held = []
     try:
-        for _ in range(2):
-            prepared.one()
+        prepared.one()
         model = unwrap(prepared.step.chunks[0])
         packed = to_row(prepared.batches[0], groups).packed
         for name, (call, shapes) in _calls(model, packed, tokens).items():

@@ -43,6 +43,9 @@ class Counted:
     """Between its forward and its backward."""
     peak: Bytes
     """At its own peak, alone."""
+    left: int
+    """After its backward, until the next forward: a dispatcher keeps its last probabilities, and
+    with them what a layer that was computed again began with."""
     modules: Bytes
     """Of `held`, by the module that made it."""
 
@@ -70,7 +73,10 @@ def _count_chunk(
         gradient = None if is_loss else torch.empty(shape, dtype=dtype, device=META)
         with meter.at(BACKWARD):
             custom_backward(output, gradient)
-    return Counted(held=held, peak=_at_peak(meter.at_peak, held), modules=modules)
+        del output, gradient
+        chunk.set_input_tensor(None)
+        left = sum(meter.now.values())
+    return Counted(held=held, peak=_at_peak(meter.at_peak, held), left=left, modules=modules)
 
 
 def _at_peak(peak: Bytes, held: Bytes) -> Bytes:

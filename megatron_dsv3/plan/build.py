@@ -112,14 +112,14 @@ def _on_gpu(memory: MemorySection) -> MemorySection:
 def _keep_input(workload: Workload) -> frozenset[str]:
     """Modules that Megatron-Core tells to hold their input as it is, under FP8.
 
-    Attention's result is held by attention itself; what a norm or activation that is computed again
-    gives must be the very tensor that is held.
+    Attention's result is held by attention itself, the shared experts' input by the router; what a
+    norm or activation that is computed again gives must be the very tensor that is held.
     """
-    names = {"self_attention.linear_proj"}
+    names = {"self_attention.linear_proj", "shared_experts.linear_fc1"}
     memory = workload.memory
     again = memory.recompute_modules if memory.recompute == "selective" else ()
     if "layernorm" in again:
-        names |= {"linear_q_down_proj", "linear_kv_down_proj", "shared_experts.linear_fc1"}
+        names |= {"linear_q_down_proj", "linear_kv_down_proj"}
     if "moe_act" in again:
-        names.add("experts.linear_fc2")
+        names.add("mlp.experts.linear_fc2")
     return frozenset(names)
