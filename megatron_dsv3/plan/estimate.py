@@ -11,16 +11,24 @@ from dataclasses import dataclass
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.placement import Stage, place
 from megatron_dsv3.config.sections import MemorySection
+from megatron_dsv3.plan.byte_rules import (
+    FP8_COPIES,
+    UNUSABLE,
+    buffer_bytes,
+    optimizer_bytes,
+)
 from megatron_dsv3.plan.records import GIB, Activations, StageMemory, States, Workload
 from megatron_dsv3.plan.schedule import counts_at_peak, order
 from megatron_dsv3.plan.speed import stage_parameters
 
 FP8_COPY = 1 / 2 + 1 / 64
 """Of a bf16 input that FP8 keeps as bytes with a scale for 128."""
-CONTEXT_GIB = 1.2
-"""CUDA's context, NCCL's buffers, cuBLAS's workspaces."""
-FRAGMENTATION = 0.04
-"""Of all that the allocator hands out, with expandable segments."""
+AGAIN = 2.1
+"""Under full recompute a layer's tensors are there once more, with the gradients of the widest."""
+WORKING = 1.1
+"""Else: gradients of a layer's widest tensors, over what it keeps without recomputation."""
+WORKSPACES = int(0.3 * GIB)
+"""cuBLAS's, and empty gradients that autograd is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +55,8 @@ def estimate(workload: Workload) -> tuple[StageMemory, ...]:
                 letters="|".join(letters[pp_rank]),
                 states=states,
                 activations=activations,
-                buffers=int(CONTEXT_GIB * GIB),
-                fragmentation=int(FRAGMENTATION * (states.gpu + activations.total)),
+                buffers=buffer_bytes(workload),
+                fragmentation=int(UNUSABLE * activations.total),
             )
         )
     return tuple(memory)
@@ -104,26 +112,20 @@ def _states(workload: Workload, common: float, experts: float) -> States:
     expert_copies = parallel.edp_size(workload.world_size)
     instances = parallel.num_optimizer_instances
     share = common * instances / copies + experts * instances / expert_copies
-    # A master and two moments.
-    each = 12 if optimizer.moments == "fp32" else 8
-    weight = 1 + 1 / 32 if workload.precision.fp8_params else 2
+    each = optimizer_bytes(optimizer, workload.precision)
     gradient = 4 if optimizer.gradients == "fp32" else 2
-    on_gpu = share * each * (1 - optimizer.offload_fraction)
+    fp8 = workload.precision.fp8 != "off"
+    weight = (1 + 1 / 32) if workload.precision.fp8_params else 2
+    copies = fp8 and not workload.precision.fp8_params
     return States(
         parameters=int(common + experts),
-        # FP8 beside bf16 weights keeps a copy of them for the products, both ways round.
-        weights=int((common + experts) * (weight + _copies(workload))),
+        weights=int((common + experts) * weight),
         gradients=int((common + experts) * gradient),
-        optimizer=int(on_gpu),
-        optimizer_host=int(share * 12 * optimizer.offload_fraction),
+        optimizer=int(share * each.gpu),
+        optimizer_host=int(share * each.host),
+        # Embedding and head are not products in FP8, so this is a little too much.
+        caches=WORKSPACES + int((common + experts) * FP8_COPIES * copies),
     )
-
-
-def _copies(workload: Workload) -> float:
-    precision = workload.precision
-    if precision.fp8 == "off":
-        return 0.0
-    return 1.0 if precision.fp8_params else 2.0
 
 
 def _activations(
@@ -140,8 +142,14 @@ def _activations(
     has_loss = any(stage.has_loss for stage in stages)
     words = arch.vocab_size / tp_size
     depths = 1 + arch.num_mtp_layers
-    logits = has_loss * workload.tokens_per_rank * words * (2 * depths + 6)
-    again = whole if workload.memory.recompute == "full" else 0.0
+    # The first depth's logits wait as bf16 for the second's, whose loss is worked on in fp32.
+    logits = has_loss * workload.tokens_per_rank * words * (2 * depths + 4)
+    again, working = 0.0, WORKING * whole
+    if workload.memory.recompute == "full":
+        again, working = AGAIN * whole, 0.15 * whole
+    # Logits are gone when the first layer's backward begins: the larger of the two peaks.
+    if has_loss:
+        again, working = 0.0, max(WORKING * whole, again + working - logits)
     total = sum(first + second for first, second in chunks)
     held = sum((first + second) * n for (first, second), n in zip(chunks, counts, strict=True))
     return Activations(
@@ -150,8 +158,7 @@ def _activations(
         recomputed=int(again),
         logits=int(logits),
         mtp=0,
-        # Gradients of the widest tensors of a layer: what experts got, and what they gave.
-        working=int(0.6 * whole),
+        working=int(working),
         in_flight=held / total if total else 0.0,
     )
 

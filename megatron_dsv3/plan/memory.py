@@ -10,17 +10,10 @@ from dataclasses import dataclass
 from megatron_dsv3.config.placement import Stage, place
 from megatron_dsv3.plan.activations import HELD, Counted, count
 from megatron_dsv3.plan.build import built
-from megatron_dsv3.plan.records import GIB, Activations, StageMemory, States, Workload
+from megatron_dsv3.plan.byte_rules import UNUSABLE, buffer_bytes
+from megatron_dsv3.plan.records import Activations, StageMemory, States, Workload
 from megatron_dsv3.plan.schedule import counts_at_peak, order
 from megatron_dsv3.plan.states import BuildOptimizer, count_states
-
-CONTEXT = int(1.1 * GIB)
-"""What CUDA and its libraries take of a card before the first tensor."""
-COMMUNICATOR = int(0.12 * GIB)
-"""NCCL's channels of one group that this rank belongs to."""
-UNUSABLE = 0.03
-"""Share of activations that the allocator's blocks leave unused; segments that grow
-(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True) make it small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +61,7 @@ def put_together(workload: Workload, pp_rank: int, parts: StageParts) -> StageMe
         letters=" ".join(stage.letters for stage in stages if stage.pp_rank == pp_rank),
         states=parts.states,
         activations=activations,
-        buffers=CONTEXT + COMMUNICATOR * _num_groups(workload),
+        buffers=buffer_bytes(workload),
         fragmentation=int(UNUSABLE * activations.total),
     )
 
@@ -111,19 +104,3 @@ def _over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counte
         working=highest.peak.get("working", 0),
         in_flight=sum(in_flight) / len(in_flight),
     )
-
-
-def _num_groups(workload: Workload) -> int:
-    """Groups of more than one rank through which this rank talks."""
-    parallel = workload.parallel
-    world_size = workload.world_size
-    sizes = (
-        parallel.tp_size,
-        parallel.pp_size,
-        parallel.cp_size,
-        parallel.ep_size,
-        parallel.etp_size,
-        parallel.dp_size(world_size) * parallel.cp_size,
-        parallel.edp_size(world_size),
-    )
-    return sum(size > 1 for size in sizes)

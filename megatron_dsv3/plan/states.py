@@ -5,33 +5,23 @@ and given the distributed optimizer; nothing is derived from the architecture by
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_dsv3.config.sections import OptimizerSection, PrecisionSection
+from megatron_dsv3.config.sections import PrecisionSection
 from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.plan.build import DTYPES, Built
+from megatron_dsv3.plan.byte_rules import FP8_COPIES, optimizer_bytes
 from megatron_dsv3.plan.records import States, Workload
 from megatron_dsv3.plan.stand_ins import is_product
 
 BuildOptimizer = Callable[..., Any]
 """`train.optimizer.build_optimizer`, which lives on this floor and so is handed in."""
 
-FP8_COPIES = 2
-"""Bytes of a weight's FP8 copies, by rows and by columns; the scales are one value a block."""
 GEMM_WORKSPACES = 6 * 32 * 2**20
 """cuBLAS's on Hopper: torch's, Transformer Engine's, and four of its grouped products."""
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerBytes:
-    """Of one parameter, on the rank that updates it."""
-
-    gpu: float
-    host: float = 0.0
 
 
 def count_states(built: Built, workload: Workload, build_optimizer: BuildOptimizer) -> States:
@@ -60,19 +50,6 @@ def count_states(built: Built, workload: Workload, build_optimizer: BuildOptimiz
         optimizer_host=int(own * each.host),
         caches=_caches(built.chunks, workload.precision),
     )
-
-
-def optimizer_bytes(optimizer: OptimizerSection, precision: PrecisionSection) -> OptimizerBytes:
-    """What `train.optimizer` makes Megatron-Core keep."""
-    if optimizer.moments == "bf16":
-        # Transformer Engine's Adam keeps of a bf16 weight's master the 16 bits that bf16 lacks;
-        # FP8 recipes let Megatron-Core keep whole fp32 masters.
-        master = 2 if precision.fp8 == "off" and precision.compute == "bf16" else 4
-        return OptimizerBytes(gpu=master + 2 + 2)
-    master = 4 if precision.compute == "bf16" else 0  # fp32 weights are their own masters
-    on_gpu, moments = 1 - optimizer.offload_fraction, 8
-    # In host memory lie a copy of the weight, its gradient and both moments, all fp32.
-    return OptimizerBytes(gpu=(master + moments) * on_gpu, host=16 * optimizer.offload_fraction)
 
 
 def _buffers(wrapped: Iterable[DistributedDataParallel]) -> Iterator[Any]:
