@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dsv3.plan.estimate import (
-    CONTEXT_GIB,
-    FRAGMENTATION,
     estimate,
     stage_activations,
     stage_states,
 )
 from megatron_dsv3.plan.kernels import Kernels
 from megatron_dsv3.plan.layouts import Layout, Precision, Request, layouts
+from megatron_dsv3.plan.memory import UNUSABLE, buffers
 from megatron_dsv3.plan.records import GIB, Cluster, Plan, StageMemory, Workload
 from megatron_dsv3.plan.speed import Speed
 
@@ -182,11 +181,12 @@ def _first_rung(layout: Layout, request: Request) -> _Rung:
         states = stage_states(layout.with_states(name))
         if _host_lacks(max(s.optimizer_host for s in states), request.cluster) > 0:
             continue
-        short = _lacks([s.gpu for s in states], request.cluster)
+        short = _lacks([s.gpu for s in states], layout.workload, request.cluster)
         if short <= 0:
             activations = activations or [a.total for a in stage_activations(layout.workload)]
             pairs = zip(states, activations, strict=True)
-            short = _lacks([s.gpu + a for s, a in pairs], request.cluster)
+            allocated = [s.gpu + a for s, a in pairs]
+            short = _lacks(allocated, layout.workload, request.cluster)
         if short <= 0:
             return _Rung(name, 0.0)
         lacks = min(lacks, short)
@@ -201,7 +201,8 @@ def _lacks_exactly(layout: Layout, request: Request) -> float:
         states = stage_states(layout.with_states(name))
         if _host_lacks(max(s.optimizer_host for s in states), request.cluster) <= 0:
             pairs = zip(states, activations, strict=True)
-            lacks = min(lacks, _lacks([s.gpu + a for s, a in pairs], request.cluster))
+            allocated = [s.gpu + a for s, a in pairs]
+            lacks = min(lacks, _lacks(allocated, layout.workload, request.cluster))
     return lacks
 
 
@@ -215,10 +216,10 @@ def _nearest(missing: Sequence[tuple[float, Layout]], request: Request) -> float
     return least
 
 
-def _lacks(allocated: Sequence[int], cluster: Cluster) -> float:
+def _lacks(allocated: Sequence[int], workload: Workload, cluster: Cluster) -> float:
     """GiB that the fullest card lacks; negative: has left."""
-    total = max(allocated) / GIB * (1 + FRAGMENTATION) + CONTEXT_GIB
-    return total - cluster.card.memory_gib
+    total = max(allocated) * (1 + UNUSABLE) + buffers(workload)
+    return total / GIB - cluster.card.memory_gib
 
 
 def _host_lacks(offloaded: int, cluster: Cluster) -> float:
