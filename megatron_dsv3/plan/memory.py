@@ -4,16 +4,25 @@
 the search. Both put chunks and micro-batches together here.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import Stage, place
 from megatron_dsv3.plan.activations import HELD, Counted, count
 from megatron_dsv3.plan.build import built
-from megatron_dsv3.plan.byte_rules import UNUSABLE, buffer_bytes
-from megatron_dsv3.plan.records import Activations, StageMemory, States, Workload
+from megatron_dsv3.plan.records import GIB, Activations, StageMemory, States, Workload
 from megatron_dsv3.plan.schedule import counts_at_peak, order
 from megatron_dsv3.plan.states import BuildOptimizer, count_states
+
+CONTEXT = int(0.8 * GIB)
+"""What CUDA and its libraries take of a card before the first tensor."""
+COMMUNICATOR = int(0.12 * GIB)
+"""NCCL's channels of one group that this rank belongs to."""
+UNUSABLE = 0.03
+"""Share of what is allocated that the allocator's blocks leave unused beside it, with segments that
+grow (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +64,14 @@ def count_memory(
 def put_together(workload: Workload, pp_rank: int, parts: StageParts) -> StageMemory:
     """One rank over a whole step."""
     stages = place(workload.arch, workload.parallel)
-    activations = _over_the_schedule(workload, pp_rank, parts.chunks)
+    activations = over_the_schedule(workload, pp_rank, parts.chunks)
     return StageMemory(
         pp_rank=pp_rank,
         letters=" ".join(stage.letters for stage in stages if stage.pp_rank == pp_rank),
         states=parts.states,
         activations=activations,
-        buffers=buffer_bytes(workload),
-        fragmentation=int(UNUSABLE * activations.total),
+        buffers=buffers(workload),
+        fragmentation=int(UNUSABLE * (parts.states.gpu + activations.total)),
     )
 
 
@@ -78,18 +87,12 @@ def _likeness(stage: Stage, workload: Workload) -> object:
     return (layers, stage.mtp_layers, ends)
 
 
-def _over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counted]) -> Activations:
+def over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counted]) -> Activations:
     """All micro-batches in flight, and the one whose backward takes most on top."""
-    parallel = workload.parallel
-    tasks = order(
-        pp_rank,
-        pp_size=parallel.pp_size,
-        vpp_size=parallel.vpp_size,
-        # Later micro-batches find as many in flight as these.
-        num_micro_batches=min(workload.num_micro_batches, 4 * parallel.pp_size),
-    )
     weights = [float(sum(chunk.held.values())) for chunk in chunks]
-    in_flight = counts_at_peak(tasks, weights)
+    # Rounded, so that the search asks for the same schedule again and again.
+    relative = tuple(round(weight / (max(weights) or 1.0), 2) for weight in weights)
+    in_flight = _in_flight(pp_rank, workload.parallel, workload.num_micro_batches, relative)
     there = [chunk for chunk, number in zip(chunks, in_flight, strict=True) if number]
     highest = max(there, key=lambda chunk: sum(chunk.peak.values()) - sum(chunk.held.values()))
     sizes = {
@@ -104,3 +107,38 @@ def _over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counte
         working=highest.peak.get("working", 0),
         in_flight=sum(in_flight) / len(in_flight),
     )
+
+
+@functools.cache
+def _in_flight(
+    pp_rank: int, parallel: Parallel, num_micro_batches: int, weights: tuple[float, ...]
+) -> tuple[int, ...]:
+    """Micro-batches of each chunk at once, when they weigh most."""
+    pp_size, vpp_size = parallel.pp_size, parallel.vpp_size
+    if vpp_size == 1:
+        return (min(pp_size - pp_rank, num_micro_batches),)
+    # More than a warm-up's worth of micro-batches changes nothing.
+    most = min(num_micro_batches, (vpp_size + 2) * pp_size)
+    tasks = order(pp_rank, pp_size=pp_size, vpp_size=vpp_size, num_micro_batches=most)
+    return counts_at_peak(tasks, weights)
+
+
+def buffers(workload: Workload) -> int:
+    """What is taken of a card beside tensors."""
+    return CONTEXT + COMMUNICATOR * _num_groups(workload)
+
+
+def _num_groups(workload: Workload) -> int:
+    """Groups of more than one rank through which this rank talks."""
+    parallel = workload.parallel
+    world_size = workload.world_size
+    sizes = (
+        parallel.tp_size,
+        parallel.pp_size,
+        parallel.cp_size,
+        parallel.ep_size,
+        parallel.etp_size,
+        parallel.dp_size(world_size) * parallel.cp_size,
+        parallel.edp_size(world_size),
+    )
+    return sum(size > 1 for size in sizes)

@@ -4,11 +4,15 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dsv3.plan.byte_rules import UNUSABLE, buffer_bytes
-from megatron_dsv3.plan.estimate import estimate, stage_activations, stage_states
+from megatron_dsv3.plan.estimate import (
+    estimate,
+    stage_activations,
+    stage_states,
+)
 from megatron_dsv3.plan.kernels import Kernels
 from megatron_dsv3.plan.layouts import Layout, Precision, Request, layouts
-from megatron_dsv3.plan.records import GIB, Cluster, Plan, StageMemory, States, Workload
+from megatron_dsv3.plan.memory import UNUSABLE, buffers
+from megatron_dsv3.plan.records import GIB, Cluster, Plan, StageMemory, Workload
 from megatron_dsv3.plan.speed import Speed
 
 MemoryModel = Callable[[Workload], Sequence[StageMemory]]
@@ -177,10 +181,12 @@ def _first_rung(layout: Layout, request: Request) -> _Rung:
         states = stage_states(layout.with_states(name))
         if _host_lacks(max(s.optimizer_host for s in states), request.cluster) > 0:
             continue
-        short = _lacks(states, [0] * len(states), layout.workload, request.cluster)
+        short = _lacks([s.gpu for s in states], layout.workload, request.cluster)
         if short <= 0:
             activations = activations or [a.total for a in stage_activations(layout.workload)]
-            short = _lacks(states, activations, layout.workload, request.cluster)
+            pairs = zip(states, activations, strict=True)
+            allocated = [s.gpu + a for s, a in pairs]
+            short = _lacks(allocated, layout.workload, request.cluster)
         if short <= 0:
             return _Rung(name, 0.0)
         lacks = min(lacks, short)
@@ -194,7 +200,9 @@ def _lacks_exactly(layout: Layout, request: Request) -> float:
     for name in request.states:
         states = stage_states(layout.with_states(name))
         if _host_lacks(max(s.optimizer_host for s in states), request.cluster) <= 0:
-            lacks = min(lacks, _lacks(states, activations, layout.workload, request.cluster))
+            pairs = zip(states, activations, strict=True)
+            allocated = [s.gpu + a for s, a in pairs]
+            lacks = min(lacks, _lacks(allocated, layout.workload, request.cluster))
     return lacks
 
 
@@ -208,13 +216,10 @@ def _nearest(missing: Sequence[tuple[float, Layout]], request: Request) -> float
     return least
 
 
-def _lacks(
-    states: Sequence[States], activations: Sequence[int], workload: Workload, cluster: Cluster
-) -> float:
+def _lacks(allocated: Sequence[int], workload: Workload, cluster: Cluster) -> float:
     """GiB that the fullest card lacks; negative: has left."""
-    pairs = zip(states, activations, strict=True)
-    allocated = max(held.gpu + come * (1 + UNUSABLE) for held, come in pairs)
-    return (allocated + buffer_bytes(workload)) / GIB - cluster.card.memory_gib
+    total = max(allocated) * (1 + UNUSABLE) + buffers(workload)
+    return total / GIB - cluster.card.memory_gib
 
 
 def _host_lacks(offloaded: int, cluster: Cluster) -> float:
