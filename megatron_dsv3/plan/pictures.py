@@ -12,8 +12,8 @@ from megatron_dsv3.plan.schedule import Timeline
 
 COLOURS: Mapping[str, str] = {
     "weights": "#4e79a7", "gradients": "#76b7b2", "optimizer": "#59a14f", "caches": "#8cd17d",
-    "activations": "#f28e2b", "experts": "#ffbe7d", "recomputed": "#edc948", "logits": "#e15759", "MTP": "#b07aa1",
-    "working": "#ff9da7", "buffers": "#9c755f", "fragmentation": "#bab0ac",
+    "activations": "#f28e2b", "experts": "#ffbe7d", "recomputed": "#edc948", "logits": "#e15759",
+    "MTP": "#b07aa1", "working": "#ff9da7", "buffers": "#9c755f", "fragmentation": "#bab0ac",
 }  # fmt: skip
 DPI = 120
 
