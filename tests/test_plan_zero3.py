@@ -6,8 +6,8 @@ from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.plan.cards import load_card
 from megatron_dsv3.plan.zero3 import Zero3, zero3_memory
 
-# nodes of 8 x H100 80GB, sp, sequences, offload, trained: its eight rows at 32,768 tokens. The GB it
-# gives besides (30 at 32k tokens a card, 74 at 16k) rise and fall without order and are no peaks.
+# nodes of 8 x H100 80GB, sp, sequences, offload, trained: its eight rows at 32,768 tokens. The GB
+# beside them (30 at 32k tokens a card, 74 at 16k) rise and fall without order and are no peaks.
 ROWS = [
     (16, 8, 2, True, True),
     (32, 8, 1, True, True),
