@@ -16,7 +16,7 @@ from megatron_dsv3.plan.job_files import Inputs, write_files
 from megatron_dsv3.plan.kernels import Kernels, load_kernels
 from megatron_dsv3.plan.layouts import Precision, Request
 from megatron_dsv3.plan.pictures import draw_memory, draw_timeline
-from megatron_dsv3.plan.records import GIB, Cluster, Plan, StepTime
+from megatron_dsv3.plan.records import GIB, Cluster, Plan, StepTime, Workload
 from megatron_dsv3.plan.search import Found, MemoryModel, Result
 from megatron_dsv3.plan.speed import Speed
 
@@ -170,21 +170,24 @@ def _show(result: Result, options: Options, console: Console) -> None:
     )
     console.print(_layout_table(result.found))
     console.print(_memory_table(plan, counted=best.counted))
+    step = plan.step
+    shares = {part: getattr(step, part) / step.total for part in PARTS}
+    named = ", ".join(f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.005)
+    _tell(console, f"a step of layout 1: {named}")
     for index, other in enumerate(result.found[1:], start=2):
         _tell(console, f"{index}: {why_slower(other.plan.step, plan.step)}")
     if missed := result.missed:
-        parallel = missed.workload.parallel
         _tell(
             console,
-            f"TP{parallel.tp_size} PP{parallel.pp_size} VPP{parallel.vpp_size} "
-            f"EP{parallel.ep_size} CP{parallel.cp_size} with recompute {missed.recompute} would be "
+            f"{layout_text(missed.workload)} with recompute {missed.recompute} would be "
             f"{missed.faster:.0%} faster but lacks {missed.lacks_gib:.1f} GiB a card",
         )
     total = costs(plan, num_samples=options.num_samples, num_epochs=options.num_epochs)
+    time = f"{total.days:.1f} days" if total.days >= 2 else f"{total.days * 24:.1f} hours"
     _tell(
         console,
         f"{options.num_samples:,} samples x {options.num_epochs}: {total.num_steps:,} steps, "
-        f"{total.days:.1f} days; a checkpoint {total.checkpoint_tb:.1f} TB, disk "
+        f"{time}; a checkpoint {total.checkpoint_tb:.1f} TB, disk "
         f"{total.disk_tb:.1f} TB; host memory {total.host_gib:,.0f} GiB a node "
         f"of {cluster.host_memory_gib:,.0f}",
     )
@@ -193,32 +196,43 @@ def _show(result: Result, options: Options, console: Console) -> None:
 
 
 def _layout_table(found: Sequence[Found]) -> Table:
-    names = ("", "TP", "PP", "VPP", "EP", "CP", "rows", "batch", "recompute", "states", "precision")
-    table = Table(*names, "s/step", "tok/s/GPU", "TFLOP/s", "MFU", "spare GiB", *PARTS[1:-1])
+    table = Table("", "layout", "rows", "recompute, states, products")
+    for name in ("s/step", "tok/s/GPU", "MFU", "spare GiB"):
+        table.add_column(name, justify="right")
     for number, one in enumerate(found, start=1):
         work, step = one.plan.workload, one.plan.step
-        parallel = work.parallel
-        sizes = (parallel.tp_size, parallel.pp_size, parallel.vpp_size, parallel.ep_size)
         rows = work.micro_batch_size * work.num_micro_batches
-        batch = rows * parallel.dp_size(work.world_size)
+        batch = rows * work.parallel.dp_size(work.world_size)
         table.add_row(
-            str(number),
-            *map(str, (*sizes, parallel.cp_size, work.micro_batch_size, batch)),
-            *(one.recompute, one.states, one.precision, f"{step.total:.1f}"),
-            *(f"{step.tokens_per_second_per_gpu:,.0f}", f"{step.tflops:.0f}", f"{step.mfu:.1%}"),
+            *(str(number), layout_text(work), f"{work.micro_batch_size} of {batch}"),
+            f"{one.recompute}, {one.states}, {one.precision}",
+            *(f"{step.total:.1f}", f"{step.tokens_per_second_per_gpu:,.0f}", f"{step.mfu:.1%}"),
             f"{one.plan.spare_gib:.1f}",
-            *(f"{getattr(step, part) / step.total:.0%}" for part in PARTS[1:-1]),
         )
     return table
 
 
+def layout_text(workload: Workload) -> str:
+    """The grid in one word a kind; kinds of size 1 are left out."""
+    parallel = workload.parallel
+    sizes = {
+        "TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.vpp_size,
+        "EP": parallel.ep_size, "ETP": parallel.etp_size, "CP": parallel.cp_size,
+        "DP": parallel.dp_size(workload.world_size),
+    }  # fmt: skip
+    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+
+
 def _memory_table(plan: Plan, *, counted: bool) -> Table:
     how = "counted on the model" if counted else "in closed form"
-    names = ("stage", "weights", "gradients", "optimizer", "activations", "other", "total")
-    table = Table(*names, "chunks", title=f"GiB a card, {how}")
+    table = Table("stage", title=f"GiB a card, {how}")
+    for name in ("weights", "gradients", "optimizer", "activations", "other", "total"):
+        table.add_column(name, justify="right")
+    table.add_column("chunks")
     for stage in plan.stages:
         states = stage.states
-        sizes = (states.weights, states.gradients, states.optimizer, stage.activations.total)
+        weights = states.weights + states.caches
+        sizes = (weights, states.gradients, states.optimizer, stage.activations.total)
         other = stage.buffers + stage.fragmentation
         cells = [f"{size / GIB:.1f}" for size in (*sizes, other, stage.total)]
         table.add_row(str(stage.pp_rank), *cells, stage.letters)

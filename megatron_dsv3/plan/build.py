@@ -81,7 +81,10 @@ def built(workload: Workload, pp_rank: int) -> Iterator[Built]:
         wrapped = wrap(
             chunks,
             config,
-            optimizer=workload.optimizer,
+            # Overlapping changes no bytes, and its messages are not made for the meta device.
+            optimizer=workload.optimizer.model_copy(
+                update={"overlap_grad_reduce": False, "overlap_param_gather": False}
+            ),
             num_optimizer_instances=parallel.num_optimizer_instances,
         )
         yield Built(groups, config, held, wrapped)

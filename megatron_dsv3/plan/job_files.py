@@ -105,13 +105,14 @@ def placement_text(plan: Plan) -> str:
 def _job_text(job: Job, plan: Plan) -> str:
     """Without what is default: a reader sees what the plan decided."""
     cluster, step = plan.cluster, plan.step
+    card, fullest = cluster.card, plan.fullest.total / GIB
     nodes = plan.workload.world_size // cluster.gpus_per_node
     head = [
-        f"# {nodes} nodes of {cluster.gpus_per_node} x {cluster.card.name}, by `megatron-dsv3 plan "
+        f"# {nodes} nodes of {cluster.gpus_per_node} x {card.name}, by `megatron-dsv3 plan "
         "search`.",
         f"# Projected: {step.total:.1f} s a step, {step.tokens_per_second_per_gpu:,.0f} tokens/s a "
         f"GPU, MFU {step.mfu:.1%},",
-        f"# {plan.fullest.total / GIB:.1f} of {cluster.card.memory_gib:.1f} GiB on the fullest card.",
+        f"# {fullest:.1f} of {card.memory_gib:.1f} GiB on the fullest card.",
     ]
     content: Mapping[str, Any] = job.model_dump(mode="json", exclude_defaults=True)
     return "\n".join(head) + "\n" + dump_yaml(content)

@@ -22,11 +22,11 @@ PADDED_VALUES = 1.9
 """Slower attention where context parallelism pads values to the keys' width: 12.95 ms against 6.88
 (docs/performance.md)."""
 LAUNCH_SECONDS: Mapping[Unit, tuple[float, float]] = {
-    "dense": (5e-3, 11e-3), "moe": (8e-3, 18e-3), "mtp": (9e-3, 20e-3), "head": (1e-3, 2e-3),
+    "dense": (5.5e-3, 12e-3), "moe": (9e-3, 20e-3), "mtp": (10e-3, 22e-3), "head": (1e-3, 2e-3),
 }  # fmt: skip
 """What the host needs to start the kernels of a unit, forward and backward. FP8 blocks with one
-micro-batch of 4096 tokens took 86 to 99 ms for a dense, two expert layers and the head, as long as
-the host (docs/benchmarks.md)."""
+micro-batch of 4096 tokens took 86 to 117 ms on three hosts for a dense, two expert layers and the
+head, as long as the host."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from megatron_dsv3.plan.records import GIB, Plan, StageMemory
 from megatron_dsv3.plan.schedule import Timeline
 
 COLOURS: Mapping[str, str] = {
-    "weights": "#4e79a7", "gradients": "#76b7b2", "optimizer": "#59a14f", "activations": "#f28e2b",
-    "experts": "#ffbe7d", "recomputed": "#edc948", "logits": "#e15759", "MTP": "#b07aa1",
-    "working": "#ff9da7", "buffers": "#9c755f", "fragmentation": "#bab0ac",
+    "weights": "#4e79a7", "gradients": "#76b7b2", "optimizer": "#59a14f", "caches": "#8cd17d",
+    "activations": "#f28e2b", "experts": "#ffbe7d", "recomputed": "#edc948", "logits": "#e15759",
+    "MTP": "#b07aa1", "working": "#ff9da7", "buffers": "#9c755f", "fragmentation": "#bab0ac",
 }  # fmt: skip
 DPI = 120
 
@@ -23,6 +23,7 @@ def parts(stage: StageMemory) -> dict[str, float]:
     states, activations = stage.states, stage.activations
     sizes = {
         "weights": states.weights, "gradients": states.gradients, "optimizer": states.optimizer,
+        "caches": states.caches,
         "activations": activations.saved, "experts": activations.experts,
         "recomputed": activations.recomputed, "logits": activations.logits,
         "MTP": activations.mtp, "working": activations.working, "buffers": stage.buffers,
@@ -94,4 +95,4 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _save(figure: Figure, path: Path) -> None:
     with path.open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})  # type: ignore[no-untyped-call]

@@ -4,15 +4,19 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dsv3.plan.estimate import (
-    estimate,
-    stage_activations,
-    stage_states,
-)
+from megatron_dsv3.plan import estimate, sift
 from megatron_dsv3.plan.kernels import Kernels
 from megatron_dsv3.plan.layouts import Layout, Precision, Request, layouts
 from megatron_dsv3.plan.memory import UNUSABLE, buffers
-from megatron_dsv3.plan.records import GIB, Cluster, Plan, StageMemory, Workload
+from megatron_dsv3.plan.records import (
+    GIB,
+    Activations,
+    Cluster,
+    Plan,
+    StageMemory,
+    States,
+    Workload,
+)
 from megatron_dsv3.plan.speed import Speed
 
 MemoryModel = Callable[[Workload], Sequence[StageMemory]]
@@ -23,6 +27,24 @@ HOST_RESERVE = 0.25
 MOST_COUNTED = 6
 """Recommendations that are counted before the search gives up on finding one that holds."""
 MOST_NODES = 512
+SLACK_GIB = 1.5
+"""A card: layouts that lack no more by the sift are looked at with counted units as well."""
+MOST_LOOKED_AT = 4
+"""Layouts with counted units, before it is said that nothing fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A way to work out memory, for each stage."""
+
+    states: Callable[[Workload], Sequence[States]]
+    activations: Callable[[Workload], Sequence[Activations]]
+
+
+SIFT = _Model(sift.stage_states, sift.stage_activations)
+"""Fast, within some percent."""
+UNITS = _Model(estimate.stage_states, estimate.stage_activations)
+"""From counted layers: seconds for each new way to cut and recompute them, then fast."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,17 +115,18 @@ def search(
         ValueError: Nothing fits; with what is missing and the nearest that works.
     """
     everything = list(layouts(request))
-    fitting: list[tuple[Layout, str]] = []
+    promising: list[tuple[Layout, str]] = []
     missing: list[tuple[float, Layout]] = []
     for number, layout in enumerate(everything):
         on_progress(number, len(everything))
-        rung = _first_rung(layout, request)
+        rung = _first_rung(layout, request, SIFT, slack=SLACK_GIB)
         if rung.name is None:
             missing.append((rung.lacks_gib, layout))
         else:
-            fitting.append((layout, rung.name))
+            promising.append((layout, rung.name))
     speed = Speed(request.cluster, kernels)
-    found = _best(fitting, request, speed, top)
+    found, failed = _best(promising, request, speed, top)
+    missing += failed
     if exact is not None:
         found = _counted(found, exact)
     if not found:
@@ -113,13 +136,19 @@ def search(
         found=tuple(found),
         missed=_nearest_miss(missing, request, found[0], speed),
         num_layouts=len(everything),
-        num_fitting=len(fitting),
+        num_fitting=len(promising) - len(failed),
     )
 
 
 def fits(request: Request) -> bool:
-    """Whether any layout does, by the closed form."""
-    return any(_first_rung(layout, request).name is not None for layout in layouts(request))
+    """Whether any layout does; the most spacious are looked at with counted units."""
+    spare: list[tuple[float, int, Layout]] = []
+    for number, layout in enumerate(layouts(request)):
+        if _first_rung(layout, request, SIFT, slack=SLACK_GIB).name is not None:
+            lacks = _lacks_at_least(layout, request, SIFT)
+            spare.append((lacks, number, layout))
+    nearest = heapq.nsmallest(MOST_LOOKED_AT, spare)
+    return any(_lacks_at_least(layout, request, UNITS) <= 0 for _, _, layout in nearest)
 
 
 def fewest_nodes(request: Request, *, above: int = 0) -> int | None:
@@ -173,91 +202,116 @@ def _length(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens} tokens"
 
 
-def _first_rung(layout: Layout, request: Request) -> _Rung:
+def _first_rung(layout: Layout, request: Request, model: _Model, *, slack: float = 0.0) -> _Rung:
     """Where none fits, `lacks_gib` may be too low: activations are looked at only if states fit."""
-    activations: list[int] = []
+    activations: Sequence[Activations] = []
     lacks = float("inf")
     for name in request.states:
-        states = stage_states(layout.with_states(name))
-        if _host_lacks(max(s.optimizer_host for s in states), request.cluster) > 0:
+        states = model.states(layout.with_states(name))
+        if _host_lacks(states, request.cluster) > 0:
             continue
-        short = _lacks([s.gpu for s in states], layout.workload, request.cluster)
-        if short <= 0:
-            activations = activations or [a.total for a in stage_activations(layout.workload)]
-            pairs = zip(states, activations, strict=True)
-            allocated = [s.gpu + a for s, a in pairs]
-            short = _lacks(allocated, layout.workload, request.cluster)
-        if short <= 0:
+        short = _lacks(states, [], layout.workload, request.cluster)
+        if short <= slack:
+            activations = activations or model.activations(layout.workload)
+            short = _lacks(states, activations, layout.workload, request.cluster)
+        if short <= slack:
             return _Rung(name, 0.0)
         lacks = min(lacks, short)
     return _Rung(None, lacks)
 
 
-def _lacks_exactly(layout: Layout, request: Request) -> float:
+def _lacks_at_least(layout: Layout, request: Request, model: _Model) -> float:
     """GiB a card, with the rung that comes nearest; infinite where host memory rules all out."""
-    activations = [a.total for a in stage_activations(layout.workload)]
+    activations = model.activations(layout.workload)
     lacks = float("inf")
     for name in request.states:
-        states = stage_states(layout.with_states(name))
-        if _host_lacks(max(s.optimizer_host for s in states), request.cluster) <= 0:
-            pairs = zip(states, activations, strict=True)
-            allocated = [s.gpu + a for s, a in pairs]
-            lacks = min(lacks, _lacks(allocated, layout.workload, request.cluster))
+        states = model.states(layout.with_states(name))
+        if _host_lacks(states, request.cluster) <= 0:
+            lacks = min(lacks, _lacks(states, activations, layout.workload, request.cluster))
     return lacks
 
 
 def _nearest(missing: Sequence[tuple[float, Layout]], request: Request) -> float:
     """The least that any layout lacks, in GiB a card."""
-    least = float("inf")
+    least, nearest = float("inf"), None
     for at_least, layout in sorted(missing, key=lambda pair: pair[0]):
         if at_least >= least:
             break
-        least = min(least, _lacks_exactly(layout, request))
-    return least
+        lacks = _lacks_at_least(layout, request, SIFT)
+        if lacks < least:
+            least, nearest = lacks, layout
+    return least if nearest is None else _lacks_at_least(nearest, request, UNITS)
 
 
-def _lacks(allocated: Sequence[int], workload: Workload, cluster: Cluster) -> float:
-    """GiB that the fullest card lacks; negative: has left."""
-    total = max(allocated) * (1 + UNUSABLE) + buffers(workload)
+def _lacks(
+    states: Sequence[States],
+    activations: Sequence[Activations],
+    workload: Workload,
+    cluster: Cluster,
+) -> float:
+    """GiB that the fullest card lacks; negative: has left. Without activations, at least."""
+    totals = [held.gpu for held in states]
+    if activations:
+        pairs = zip(states, activations, strict=True)
+        totals = [held.gpu + come.total for held, come in pairs]
+    total = max(totals) * (1 + UNUSABLE) + buffers(workload)
     return total / GIB - cluster.card.memory_gib
 
 
-def _host_lacks(offloaded: int, cluster: Cluster) -> float:
-    needed = offloaded * cluster.gpus_per_node / GIB
+def _host_lacks(states: Sequence[States], cluster: Cluster) -> float:
+    needed = max(held.optimizer_host for held in states) * cluster.gpus_per_node / GIB
     return needed - (1 - HOST_RESERVE) * cluster.host_memory_gib
 
 
 def _best(
-    fitting: Sequence[tuple[Layout, str]], request: Request, speed: Speed, top: int
-) -> list[Found]:
-    """Simulated best first by what they can reach at most, until none can be among the best."""
+    promising: Sequence[tuple[Layout, str]], request: Request, speed: Speed, top: int
+) -> tuple[list[Found], list[tuple[float, Layout]]]:
+    """Simulated best first by what they can reach at most, until none can be among the best.
+
+    Returns:
+        The best, and those that counted units show not to fit, with what they lack in GiB.
+    """
     ranked = [
         (-speed.rate_at_most(layout.with_states(rung)), number)
-        for number, (layout, rung) in enumerate(fitting)
+        for number, (layout, rung) in enumerate(promising)
     ]
     heapq.heapify(ranked)
     found: list[Found] = []
-    worst = 0.0
+    failed: list[tuple[float, Layout]] = []
     while ranked:
         at_most, number = heapq.heappop(ranked)
-        if len(found) >= top and -at_most <= worst:
+        if len(found) >= top and -at_most <= _rate(found[-1]):
             break
-        layout, rung = fitting[number]
-        workload = layout.with_states(rung)
-        plan = Plan(
-            workload=workload, cluster=request.cluster, stages=estimate(workload),
-            step=speed.step(workload),
-        )  # fmt: skip
-        found.append(
-            Found(
-                plan=plan, recompute=layout.recompute, states=rung, precision=layout.precision,
-                counted=False,
-            )
-        )  # fmt: skip
-        found.sort(key=lambda one: -one.plan.step.tokens_per_second_per_gpu)
+        layout, _ = promising[number]
+        rung = _first_rung(layout, request, UNITS)
+        if rung.name is None:
+            failed.append((rung.lacks_gib, layout))
+            continue
+        found.append(_found(layout, rung.name, request, speed))
+        found.sort(key=_rate, reverse=True)
         del found[top:]
-        worst = found[-1].plan.step.tokens_per_second_per_gpu
-    return found
+    return found, failed
+
+
+def _rate(found: Found) -> float:
+    return found.plan.step.tokens_per_second_per_gpu
+
+
+def _found(layout: Layout, rung: str, request: Request, speed: Speed) -> Found:
+    workload = layout.with_states(rung)
+    plan = Plan(
+        workload=workload,
+        cluster=request.cluster,
+        stages=estimate.estimate(workload),
+        step=speed.step(workload),
+    )
+    return Found(
+        plan=plan,
+        recompute=layout.recompute,
+        states=rung,
+        precision=layout.precision,
+        counted=False,
+    )
 
 
 def _counted(found: Sequence[Found], exact: MemoryModel) -> list[Found]:
@@ -281,7 +335,7 @@ def _nearest_miss(
             break
         if speed.rate_at_most(layout.workload) <= reached:
             continue
-        lacks = _lacks_exactly(layout, request)
+        lacks = _lacks_at_least(layout, request, SIFT)
         if lacks >= limit:
             continue
         rate = speed.step(layout.workload).tokens_per_second_per_gpu

@@ -14,7 +14,7 @@ from megatron_dsv3.plan.links import Links
 from megatron_dsv3.plan.records import Cluster, StepTime, Workload
 from megatron_dsv3.plan.schedule import Costs, Timeline, simulate
 
-STEP_SECONDS = 0.015
+STEP_SECONDS = 0.02
 """Of each step outside all that is counted: batch, counts of tokens, gradient norm. Fitted."""
 HOST_ADAM_PER_SECOND = 9e9
 """Parameters that a node's processors update in a second: 10 times the 22 ms that a GPU takes for
