@@ -72,7 +72,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_dsv3", "megatron_dsv3.*"]),
-    package_data={"megatron_dsv3.plan": ["*.yaml"]},
+    package_data={"megatron_dsv3.plan": ["*.yaml", "*.json.gz"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-dsv3 = megatron_dsv3.cli:main"]},

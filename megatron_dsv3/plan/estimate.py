@@ -3,23 +3,27 @@
 What the search recommends is counted on the whole stages afterwards.
 """
 
-from collections.abc import Iterator, Sequence
-
-from megatron_dsv3.config.placement import Stage, place
+from megatron_dsv3.config.placement import place
 from megatron_dsv3.plan.memory import UNUSABLE, buffers, over_the_schedule
 from megatron_dsv3.plan.records import Activations, StageMemory, States, Workload
 from megatron_dsv3.plan.states import cache_bytes, optimizer_bytes
-from megatron_dsv3.plan.units import chunk_of, units_of
+from megatron_dsv3.plan.units import (
+    Parameters,
+    activations_of,
+    cut_of,
+    names_of_ranks,
+    parameters_of,
+)
 
 
 def estimate(workload: Workload) -> tuple[StageMemory, ...]:
     """The fullest rank of every stage."""
-    chunks = list(_ranks(workload))
+    chunks = place(workload.arch, workload.parallel)
     pairs = zip(stage_states(workload), stage_activations(workload), strict=True)
     return tuple(
         StageMemory(
             pp_rank=pp_rank,
-            letters=" ".join(stage.letters for stage in chunks[pp_rank]),
+            letters=" ".join(c.letters for c in chunks[pp_rank :: workload.parallel.pp_size]),
             states=states,
             activations=activations,
             buffers=buffers(workload),
@@ -31,42 +35,43 @@ def estimate(workload: Workload) -> tuple[StageMemory, ...]:
 
 def stage_states(workload: Workload) -> list[States]:
     """Weights, gradients, masters and moments of one rank of each stage."""
-    return [_states(workload, stages) for stages in _ranks(workload)]
+    cut = cut_of(workload)
+    ranks = names_of_ranks(workload.arch, workload.parallel)
+    # Most stages are alike.
+    known = {
+        chunks: _states(workload, parameters_of(chunks, workload.arch, cut))
+        for chunks in set(ranks)
+    }
+    return [known[chunks] for chunks in ranks]
 
 
 def stage_activations(workload: Workload) -> list[Activations]:
     """What comes and goes on one rank of each stage."""
+    arch, cut, tokens = workload.arch, cut_of(workload), workload.tokens_per_rank
+    ranks = names_of_ranks(arch, workload.parallel)
+    known = {
+        chunks: [activations_of(names, arch, cut, tokens) for names in chunks]
+        for chunks in set(ranks)
+    }
     return [
-        over_the_schedule(workload, pp_rank, [chunk_of(stage, workload) for stage in stages])
-        for pp_rank, stages in enumerate(_ranks(workload))
+        over_the_schedule(workload, pp_rank, known[chunks]) for pp_rank, chunks in enumerate(ranks)
     ]
 
 
-def _ranks(workload: Workload) -> Iterator[Sequence[Stage]]:
-    """The chunks of each pipeline rank."""
-    stages = place(workload.arch, workload.parallel)
-    for pp_rank in range(workload.parallel.pp_size):
-        yield stages[pp_rank :: workload.parallel.pp_size]
-
-
-def _states(workload: Workload, stages: Sequence[Stage]) -> States:
+def _states(workload: Workload, held: Parameters) -> States:
     parallel, optimizer = workload.parallel, workload.optimizer
-    units = [unit for stage in stages for unit in units_of(stage, workload)]
-    common = sum(unit.common for unit in units)
-    experts = sum(unit.experts for unit in units) / parallel.ep_size
+    experts = held.experts / parallel.ep_size
     instances = parallel.num_optimizer_instances
     copies = parallel.dp_size(workload.world_size) * parallel.cp_size / instances
-    share = common / copies + experts / (parallel.edp_size(workload.world_size) / instances)
+    share = held.common / copies + experts / (parallel.edp_size(workload.world_size) / instances)
     own = optimizer_bytes(optimizer, workload.precision)
     weight = 2 if workload.precision.compute == "bf16" else 4
     gradient = 2 if optimizer.gradients == "bf16" else 4
-    copied = sum(unit.products for unit in units) + experts
-    shapes = {shape for unit in units for shape in unit.shapes}
     return States(
-        parameters=int(common + experts),
-        weights=int(weight * (common + experts)),
-        gradients=int(gradient * (common + experts)),
+        parameters=int(held.common + experts),
+        weights=int(weight * (held.common + experts)),
+        gradients=int(gradient * (held.common + experts)),
         optimizer=int(own.gpu * share),
         optimizer_host=int(own.host * share),
-        caches=cache_bytes(shapes, copied, workload.precision),
+        caches=cache_bytes(held.empty, held.products + experts, workload.precision),
     )

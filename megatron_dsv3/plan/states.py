@@ -127,20 +127,18 @@ def caches(weights: Iterable[Weight], precision: PrecisionSection) -> int:
     """What Transformer Engine keeps beside weights and gradients."""
     weights = list(weights)
     copied = [w.size for w in weights if w.is_product and w.precision != "bf16"]
-    return cache_bytes({w.shape for w in weights}, sum(copied), precision)
+    empty = sum(math.prod(shape) for shape in {w.shape for w in weights})
+    return cache_bytes(empty, sum(copied), precision)
 
 
-def cache_bytes(
-    shapes: Iterable[tuple[int, ...]], copied: float, precision: PrecisionSection
-) -> int:
+def cache_bytes(empty: int, copied: float, precision: PrecisionSection) -> int:
     """The same from sums.
 
     Args:
-        shapes: Different ones of weights whose gradients go straight into their buffer: autograd
-            gets an empty bf16 tensor of each.
+        empty: Numbers in the different shapes of weights whose gradients go straight into their
+            buffer: autograd gets an empty bf16 tensor of each shape.
         copied: Parameters of which there are FP8 copies, where the weights themselves are not FP8.
         precision: The job's.
     """
-    empty = sum(2 * math.prod(shape) for shape in shapes)
     copies = 0 if precision.fp8 == "off" or precision.fp8_params else int(FP8_COPIES * copied)
-    return GEMM_WORKSPACES + empty + copies
+    return GEMM_WORKSPACES + 2 * empty + copies
