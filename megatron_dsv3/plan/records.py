@@ -47,7 +47,13 @@ class Workload:
 
     @classmethod
     def of_job(
-        cls, job: Job, arch: Architecture, world_size: int, *, imbalance: float = 1.0
+        cls,
+        job: Job,
+        arch: Architecture,
+        world_size: int,
+        *,
+        imbalance: float = 1.0,
+        document_length: int | None = None,
     ) -> Self:
         """What a job asks of `world_size` processes; `arch` as in the model's files.
 
@@ -64,6 +70,7 @@ class Workload:
             seq_length=job.data.seq_length,
             micro_batch_size=job.train.micro_batch_size,
             num_micro_batches=job.num_micro_batches(world_size),
+            document_length=document_length,
             precision=job.precision,
             memory=job.memory,
             optimizer=job.optimizer,
