@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from megatron_dsv3.plan.records import StageMemory, Workload
+    from megatron_dsv3.plan.records import Cluster, StageMemory, Workload
 
 plan = typer.Typer(
     help="What fits, how fast, on how many GPUs; without a GPU.", no_args_is_help=True
@@ -81,17 +81,9 @@ def search(
     if (nodes is None) == (not min_gpus):
         raise ValueError("give one of --nodes N and --min-gpus")
     from megatron_dsv3.commands import plan_search as command
-    from megatron_dsv3.commands.convert import parse_size
-    from megatron_dsv3.plan.cards import cluster_of
     from megatron_dsv3.plan.layouts import RECOMPUTE, allowed_states
-    from megatron_dsv3.plan.records import GIB
 
-    cluster = cluster_of(
-        gpu,
-        network=network,
-        gpus_per_node=gpus_per_node,
-        host_memory_gib=parse_size(host_memory) / GIB,
-    )
+    cluster = _cluster(gpu, network, gpus_per_node, host_memory)
     options = command.Options(
         model=model,
         nodes=nodes,
@@ -119,3 +111,109 @@ def _counted(workload: "Workload") -> Sequence["StageMemory"]:
     from megatron_dsv3.train.optimizer import build_optimizer
 
     return count_memory(workload, build_optimizer)
+
+
+JobFile = Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)]
+Gpus = Annotated[int, typer.Option(help="Processes, one a GPU.", min=1, show_default=False)]
+GpusPerNode = Annotated[int, typer.Option(help="GPUs of a machine.", min=1)]
+HostMemory = Annotated[str, typer.Option(help="Of a machine, as 2TB or 1500GB.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(help="Hugging Face directory, or deepseek-v3; by default the job's."),
+]
+DocumentLength = Annotated[
+    int | None, typer.Option(help="Tokens of a typical sample; by default a row is one.", min=1)
+]
+Imbalance = Annotated[
+    float, typer.Option(help="Tokens of the busiest rank's experts, over the mean.", min=1)
+]
+Samples = Annotated[int, typer.Option(help="Of the data set.", min=1)]
+KernelTable = Annotated[
+    Path | None, typer.Option(help="Table of benchmarks/gemm_table.py of your card.")
+]
+
+
+@plan.command("show")
+def show(
+    job: JobFile,
+    gpus: Gpus,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings that replace the file's: section.name=value ..."),
+    ] = None,
+    model: ModelName = None,
+    gpu: Card = "h100-80gb",
+    network: NetworkName = None,
+    gpus_per_node: GpusPerNode = 8,
+    host_memory: HostMemory = "2TB",
+    document_length: DocumentLength = None,
+    imbalance: Imbalance = 1.2,
+    samples: Samples = 100_000,
+    kernels: KernelTable = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say where every number is from.")
+    ] = False,
+) -> None:
+    """Memory of every stage and time of a step of a job; counted on the model, without a GPU."""
+    from megatron_dsv3.commands import plan_show as command
+    from megatron_dsv3.config.job import load_job
+
+    question = command.Question(
+        job=load_job(job, overrides or []),
+        world_size=gpus,
+        cluster=_cluster(gpu, network, gpus_per_node, host_memory),
+        model=model,
+        document_length=document_length,
+        imbalance=imbalance,
+        kernels=kernels,
+        num_samples=samples,
+    )
+    command.show(question, Console(), origins=explain)
+
+
+@plan.command("compare")
+def compare(
+    first: JobFile,
+    second: JobFile,
+    gpus: Gpus,
+    model: ModelName = None,
+    gpu: Card = "h100-80gb",
+    network: NetworkName = None,
+    gpus_per_node: GpusPerNode = 8,
+    host_memory: HostMemory = "2TB",
+    document_length: DocumentLength = None,
+    imbalance: Imbalance = 1.2,
+    samples: Samples = 100_000,
+    kernels: KernelTable = None,
+) -> None:
+    """Two jobs on the same GPUs side by side."""
+    from megatron_dsv3.commands import plan_show as command
+    from megatron_dsv3.config.job import load_job
+
+    questions = [
+        command.Question(
+            job=load_job(path),
+            world_size=gpus,
+            cluster=_cluster(gpu, network, gpus_per_node, host_memory),
+            model=model,
+            document_length=document_length,
+            imbalance=imbalance,
+            kernels=kernels,
+            num_samples=samples,
+        )
+        for path in (first, second)
+    ]
+    command.compare(questions, Console(), names=[str(first), str(second)])
+
+
+def _cluster(gpu: str, network: str | None, gpus_per_node: int, host_memory: str) -> "Cluster":
+    from megatron_dsv3.commands.convert import parse_size
+    from megatron_dsv3.plan.cards import cluster_of
+    from megatron_dsv3.plan.records import GIB
+
+    return cluster_of(
+        gpu,
+        network=network,
+        gpus_per_node=gpus_per_node,
+        host_memory_gib=parse_size(host_memory) / GIB,
+    )

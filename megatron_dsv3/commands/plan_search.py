@@ -72,11 +72,11 @@ def run(
         )
     _show(result, options, console)
     if options.explain:
-        _explain(result.found[0], console)
+        explain(result.found[0].plan, console)
     if options.write is not None and inputs is not None:
         best = result.found[0].plan
         for path in (*write_files(best, inputs, options.write), *_pictures(best, kernels, options)):
-            _tell(console, f"wrote {path}")
+            tell(console, f"wrote {path}")
 
 
 def _request(options: Options, arch: Architecture, cluster: Cluster) -> Request:
@@ -163,7 +163,7 @@ def _show(result: Result, options: Options, console: Console) -> None:
     best = result.found[0]
     plan, cluster = best.plan, best.plan.cluster
     nodes = plan.workload.world_size // cluster.gpus_per_node
-    _tell(
+    tell(
         console,
         f"{nodes} nodes of {cluster.gpus_per_node} x {cluster.card.name}, rows of "
         f"{plan.workload.seq_length:,} tokens: {result.num_fitting:,} of {result.num_layouts:,} "
@@ -176,22 +176,22 @@ def _show(result: Result, options: Options, console: Console) -> None:
     named = ", ".join(f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.005)
     work = plan.workload
     batch = work.micro_batch_size * work.num_micro_batches * work.parallel.dp_size(work.world_size)
-    _tell(
+    tell(
         console,
         f"a step of layout 1: {batch} rows in {step.total:.1f} s, micro-batches of "
         f"{work.micro_batch_size}, {step.tflops:.0f} TFLOP/s a GPU; {named}",
     )
     for index, other in enumerate(result.found[1:], start=2):
-        _tell(console, f"{index}: {why_slower(other.plan.step, plan.step)}")
+        tell(console, f"{index}: {why_slower(other.plan.step, plan.step)}")
     if missed := result.missed:
-        _tell(
+        tell(
             console,
             f"{layout_text(missed.workload)} with recompute {missed.recompute} would be "
             f"{missed.faster:.0%} faster but lacks {missed.lacks_gib:.1f} GiB a card",
         )
     total = costs(plan, num_samples=options.num_samples, num_epochs=options.num_epochs)
     time = f"{total.days:.1f} days" if total.days >= 2 else f"{total.days * 24:.1f} hours"
-    _tell(
+    tell(
         console,
         f"{options.num_samples:,} samples x {options.num_epochs}: {total.num_steps:,} steps, "
         f"{time}; a checkpoint {total.checkpoint_tb:.1f} TB, disk "
@@ -199,7 +199,7 @@ def _show(result: Result, options: Options, console: Console) -> None:
         f"of {cluster.host_memory_gib:,.0f}",
     )
     if not cluster.card.measured:
-        _tell(console, f"nothing was measured on {cluster.card.name}: speeds are projected")
+        tell(console, f"nothing was measured on {cluster.card.name}: speeds are projected")
 
 
 def _layout_table(found: Sequence[Found]) -> Table:
@@ -257,12 +257,14 @@ def why_slower(other: StepTime, best: StepTime) -> str:
     return f"{1 / rate - 1:.1%} more time a token" + (f": {', '.join(named)}" if named else "")
 
 
-def _explain(found: Found, console: Console) -> None:
-    for name, origin in found.plan.step.origins.items():
-        _tell(console, f"{name}: {origin}")
-    for name, source in found.plan.cluster.card.sources.items():
-        _tell(console, f"{name}: {source}")
+def explain(plan: Plan, console: Console) -> None:
+    """Says where every number of a plan is from."""
+    for name, origin in plan.step.origins.items():
+        tell(console, f"{name}: {origin}")
+    for name, source in plan.cluster.card.sources.items():
+        tell(console, f"{name}: {source}")
 
 
-def _tell(console: Console, line: str) -> None:
+def tell(console: Console, line: str) -> None:
+    """One line, as it is."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

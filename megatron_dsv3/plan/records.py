@@ -10,6 +10,7 @@ from typing import Self
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.job import Job
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import (
     ExpertsSection,
@@ -41,13 +42,20 @@ class Workload:
     memory: MemorySection = MemorySection()
     optimizer: OptimizerSection = OptimizerSection()
     experts: ExpertsSection = ExpertsSection()
+    kernels: KernelsSection = KernelsSection()
     mtp_frozen: bool = False
     imbalance: float = 1.0
     """Tokens that the busiest rank's experts get, over the mean; 1 is perfect balance."""
 
     @classmethod
     def of_job(
-        cls, job: Job, arch: Architecture, world_size: int, *, imbalance: float = 1.0
+        cls,
+        job: Job,
+        arch: Architecture,
+        world_size: int,
+        *,
+        imbalance: float = 1.0,
+        document_length: int | None = None,
     ) -> Self:
         """What a job asks of `world_size` processes; `arch` as in the model's files.
 
@@ -64,10 +72,12 @@ class Workload:
             seq_length=job.data.seq_length,
             micro_batch_size=job.train.micro_batch_size,
             num_micro_batches=job.num_micro_batches(world_size),
+            document_length=document_length,
             precision=job.precision,
             memory=job.memory,
             optimizer=job.optimizer,
             experts=job.experts,
+            kernels=job.kernels,
             mtp_frozen=job.mtp.mode == "freeze",
             imbalance=imbalance,
         )
