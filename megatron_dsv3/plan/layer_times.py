@@ -22,6 +22,8 @@ FUSED_ROPE, UNFUSED_ROPE = 0.8, 4.5
 """Passes over queries, keys and values to rotate them and lay them out, times `COPIES`."""
 LOSS_BYTES = 18.0
 """Moved for a logit in forward; backward moves twice as much."""
+UNPACKED = 0.85
+"""Attention over a row of one document as unpacked: 5.8 ms against 6.9 (docs/performance.md)."""
 PADDED_VALUES = 1.9
 """Slower attention where context parallelism pads values to the keys' width: 12.95 ms against 6.88
 (docs/performance.md)."""
@@ -164,12 +166,13 @@ class LayerTimes:
             heads=heads,
             width=width + arch.v_head_dim,
         )
-        if cp_size > 1:
-            seconds = Seconds(
-                seconds.forward * PADDED_VALUES,
-                seconds.backward * PADDED_VALUES,
-                f"{seconds.origin} x {PADDED_VALUES} for padded values",
-            )
+        alone = work.kernels.dense_single_documents and _one_document_a_row(work)
+        factor = PADDED_VALUES if cp_size > 1 else UNPACKED if alone else 1.0
+        seconds = Seconds(
+            seconds.forward * factor,
+            seconds.backward * factor,
+            f"{seconds.origin}, x {factor:g} for how values and rows are laid out",
+        )
         yield Row("core attention", "compute", seconds, again)
         if cp_size == 1:
             return
@@ -233,6 +236,11 @@ class LayerTimes:
         each = 4.0 if self.workload.kernels.fused_loss else LOSS_BYTES
         yield self._copy("loss", each * tokens * words)
         yield self._gather("head's input", 2.0 * tokens * arch.hidden_size)
+
+
+def _one_document_a_row(workload: Workload) -> bool:
+    length = workload.document_length or workload.seq_length
+    return workload.micro_batch_size == 1 and length >= workload.seq_length
 
 
 def _summed(
