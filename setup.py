@@ -96,6 +96,7 @@ setup(
     python_requires=">=3.12",
     cmdclass={"build_py": BuildWithFiles},
     packages=find_packages(include=["megatron_dsv3", "megatron_dsv3.*"]),
+    package_data={"megatron_dsv3.plan": ["*.yaml", "*.json.gz"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-dsv3 = megatron_dsv3.cli:main"]},

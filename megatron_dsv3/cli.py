@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from megatron_dsv3.commands.bench_cli import bench
+from megatron_dsv3.commands.plan_cli import plan
 from megatron_dsv3.commands.serve_cli import serve
 from megatron_dsv3.config.job import load_job
 from megatron_dsv3.data.pipeline import History, OnBadRow, SampleOptions, TooLong
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(serve, name="serve")
 app.command()(bench)
+app.add_typer(plan, name="plan")
 USER_ERROR = 2
 JOB_SUFFIXES = (".yaml", ".yml")
 DIFFERENT = 1
@@ -40,10 +42,21 @@ def train(
         list[str] | None,
         typer.Argument(help="Settings that replace the file's: section.name=value ..."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and build the shapes; no start.")
+    ] = False,
+    processes: Annotated[
+        int, typer.Option(help="With --dry-run: of the training, one a GPU.", min=1)
+    ] = 1,
 ) -> None:
     """Fine-tune a model and write the Hugging Face directory; alone or under torchrun."""
     settings = load_job(job, overrides or [])
     # Imported here, so that --help and mistakes in the job don't wait for torch and Megatron-Core.
+    if dry_run:
+        from megatron_dsv3.commands import dry_run as check
+
+        check.run(settings, Console(), num_processes=processes)
+        return
     from megatron_dsv3.commands import train as command
 
     command.run(settings, Console())

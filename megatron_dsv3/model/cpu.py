@@ -16,6 +16,8 @@ from megatron_dsv3.model.cpu_adam import FusedAdam
 
 CPU = torch.device("cpu")
 _enabled = False
+_device = CPU
+"""What Megatron-Core gets where it names "cuda"."""
 
 
 def enable() -> None:
@@ -30,8 +32,20 @@ def enable() -> None:
     _CudaMeansCpu().__enter__()
 
 
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Inside, "cuda" is the meta device: shapes and marks of a rank of any size, without memory."""
+    global _device
+    assert _enabled
+    _device = torch.device("meta")
+    try:
+        yield
+    finally:
+        _device = CPU
+
+
 def _devices() -> None:
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
+    torch.cuda.current_device = lambda: _device  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
         setattr(torch.cuda, name, lambda *_, **__: 0)
@@ -181,14 +195,14 @@ class _CudaMeansCpu(torch.overrides.TorchFunctionMode):
         if options.get("pin_memory"):
             options["pin_memory"] = False
         if _is_cuda(options.get("device")):
-            options["device"] = CPU
+            options["device"] = _device
         if func is Tensor.cuda:
             return args[0]
         if func is Tensor.type and len(args) == 1 and not options:
             # Gradient buckets and the optimizer sort parameters by these names.
             return func(*args).replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
+            args = (args[0], _device, *args[2:])
         return func(*args, **options)
 
 

@@ -270,6 +270,8 @@ def free(chunks: Sequence[DistributedDataParallel], optimizer: Any) -> None:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             _empty(buffer.param_data)
             _empty(buffer.grad_data)
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's copies of weights
         for parameter in chunk.parameters():
             if not hasattr(parameter, "get_high_precision_init_val"):  # FP8 ones take only FP8
                 parameter.data = torch.empty(0, dtype=parameter.dtype)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -36,7 +37,9 @@ def build_optimizer(
         fp8_recipe=model.fp8_recipe if model.fp8 else None,
         **_states(section),
     )
-    optimizer = get_megatron_optimizer(config, list(chunks))
+    # The planner's ranks of a world that is not there have no groups on the host.
+    has_gloo = dist.get_backend() != "fake"
+    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=has_gloo)
     for part in optimizer.chained_optimizers:
         keep_masters_whole(part)
     return optimizer

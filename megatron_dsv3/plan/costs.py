@@ -1,0 +1,46 @@
+"""What a training as a whole needs: days, disk, host memory."""
+
+from dataclasses import dataclass
+
+from megatron_dsv3.config.counts import count_parameters
+from megatron_dsv3.plan.records import GIB, Plan
+
+MASTER_BYTES = 4
+WEIGHT_BYTES = 2
+KEPT_CHECKPOINTS = 2
+"""As `checkpoint.keep_last` has it; a third is there while it is written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Of one training."""
+
+    num_steps: int
+    days: float
+    checkpoint_tb: float
+    """One, with masters and moments, in 10^12 bytes."""
+    disk_tb: float
+    """Checkpoints that are kept, the one under way, and the exported directory."""
+    host_gib: float
+    """A node: states that live there and the copy of an asynchronous save."""
+
+
+def costs(plan: Plan, *, num_samples: int, num_epochs: int = 1) -> Costs:
+    """What it takes to train on that many samples of the plan's document length."""
+    work, step = plan.workload, plan.step
+    length = min(work.document_length or work.seq_length, work.seq_length)
+    tokens = num_samples * num_epochs * length
+    rows = work.micro_batch_size * work.num_micro_batches * work.parallel.dp_size(work.world_size)
+    num_steps = max(1, round(tokens / (rows * work.seq_length)))
+    counts = count_parameters(work.arch)
+    numbers = counts.total + counts.mtp
+    moments = 8 if work.optimizer.moments == "fp32" else 4
+    checkpoint = numbers * (WEIGHT_BYTES + MASTER_BYTES + moments)
+    nodes = work.world_size / plan.cluster.gpus_per_node
+    return Costs(
+        num_steps=num_steps,
+        days=num_steps * step.total / 86400,
+        checkpoint_tb=checkpoint / 1e12,
+        disk_tb=((KEPT_CHECKPOINTS + 1) * checkpoint + numbers * WEIGHT_BYTES) / 1e12,
+        host_gib=plan.host_gib + checkpoint / nodes / GIB,
+    )

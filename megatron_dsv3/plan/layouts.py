@@ -1,0 +1,190 @@
+"""All layouts of a request: what the search goes through, cheapest differences last.
+
+A layout is the process grid with its micro-batch, precision and recompute set. How the optimizer's
+states are kept hardly changes the time of a step, so it is no part of a layout: of the ladder
+`STATES` the first rung that fits is taken.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.placement import place
+from megatron_dsv3.config.sections import MemorySection, OptimizerSection, PrecisionSection
+from megatron_dsv3.plan.records import Cluster, Workload
+
+Precision = Literal["bf16", "fp8"]
+RECOMPUTE: Mapping[str, MemorySection] = {
+    "none": MemorySection(),
+    "selective": MemorySection(recompute="selective"),
+    "wide": MemorySection(
+        recompute="selective",
+        recompute_modules=("mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"),
+    ),
+    "experts": MemorySection(
+        recompute="selective", recompute_modules=("mla_up_proj", "layernorm", "moe", "mlp")
+    ),
+    "full": MemorySection(recompute="full"),
+}
+"""Recompute sets from the fastest to the smallest."""
+_STATES: Mapping[str, dict[str, Any]] = {
+    "fp32 moments": {},
+    "bf16 moments": {"moments": "bf16"},
+    "half offloaded": {"offload_fraction": 0.5},
+    "offloaded": {"offload_fraction": 1.0},
+    "bf16 moments and gradients": {"moments": "bf16", "gradients": "bf16"},
+    "offloaded, bf16 gradients": {"offload_fraction": 1.0, "gradients": "bf16"},
+}
+STATES: Mapping[str, OptimizerSection] = {
+    name: OptimizerSection(overlap_grad_reduce=True, overlap_param_gather=True, **settings)
+    for name, settings in _STATES.items()
+}
+"""What becomes of masters, moments and gradients, from what changes least to what frees most."""
+USUAL_STATES = tuple(name for name in STATES if "gradients" not in name)
+"""Without bf16 gradients, which lose what is small beside the sum: only where a user allows it."""
+TOKENS_PER_STEP = 2**22
+"""Of a global batch, where the request does not say."""
+MAX_PP_SIZE = 32
+MICRO_BATCHES = (1, 2, 4)
+
+
+def allowed_states(*, moments: str, offload: bool, bf16_gradients: bool) -> tuple[str, ...]:
+    """Rungs of `STATES` that a user lets the search take.
+
+    Args:
+        moments: fp32, bf16 or any.
+        offload: Whether states may live in host memory.
+        bf16_gradients: Whether gradients may be summed in bf16.
+    """
+    names = [
+        name
+        for name, section in STATES.items()
+        if moments in ("any", section.moments)
+        and (offload or section.offload_fraction == 0)
+        and (bf16_gradients or section.gradients == "fp32")
+    ]
+    return tuple(names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a user asks of the search."""
+
+    arch: Architecture
+    cluster: Cluster
+    nodes: int
+    seq_length: int
+    document_length: int | None = None
+    global_batch_size: int | None = None
+    """Rows of a step; None: about `TOKENS_PER_STEP`, as the layout divides it."""
+    precisions: tuple[Precision, ...] = ("bf16",)
+    states: tuple[str, ...] = USUAL_STATES
+    """Rungs of `STATES` that are allowed."""
+    recompute: tuple[str, ...] = tuple(RECOMPUTE)
+    """Sets of `RECOMPUTE` that are allowed."""
+    imbalance: float = 1.2
+
+    @property
+    def world_size(self) -> int:
+        """GPUs."""
+        return self.nodes * self.cluster.gpus_per_node
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A grid with micro-batch, precision and recompute set, its states not yet chosen."""
+
+    workload: Workload
+    recompute: str
+    precision: Precision
+
+    def with_states(self, name: str) -> Workload:
+        """The workload with a rung of `STATES`."""
+        return replace(self.workload, optimizer=STATES[name])
+
+
+def layouts(request: Request) -> Iterator[Layout]:
+    """All that the model's sizes, the world and the batch allow."""
+    for parallel in _grids(request):
+        for micro_batch_size in MICRO_BATCHES:
+            if micro_batch_size * request.seq_length > 2**16 and micro_batch_size > 1:
+                continue
+            num_micro_batches = _num_micro_batches(request, parallel, micro_batch_size)
+            if num_micro_batches is None:
+                continue
+            for precision, name in itertools.product(request.precisions, request.recompute):
+                workload = Workload(
+                    arch=request.arch,
+                    parallel=parallel,
+                    world_size=request.world_size,
+                    seq_length=request.seq_length,
+                    micro_batch_size=micro_batch_size,
+                    num_micro_batches=num_micro_batches,
+                    document_length=request.document_length,
+                    precision=_precision(precision),
+                    memory=RECOMPUTE[name],
+                    optimizer=STATES[request.states[0]],
+                    imbalance=request.imbalance,
+                )
+                if _rows_divide(workload):
+                    yield Layout(workload, name, precision)
+
+
+def _precision(name: Precision) -> PrecisionSection:
+    return PrecisionSection() if name == "bf16" else PrecisionSection(fp8="blockwise")
+
+
+def _rows_divide(workload: Workload) -> bool:
+    """As the job asks of `data.seq_length`."""
+    parallel = workload.parallel
+    multiple = parallel.cp_size * parallel.tp_size * workload.precision.row_multiple
+    return workload.seq_length % math.lcm(2 * parallel.cp_size, multiple) == 0
+
+
+def _num_micro_batches(request: Request, parallel: Parallel, micro_batch_size: int) -> int | None:
+    """Of a data-parallel rank; None: the batch does not divide."""
+    at_once = micro_batch_size * parallel.dp_size(request.world_size)
+    group = parallel.pp_size if parallel.vpp_size > 1 else 1
+    if request.global_batch_size is None:
+        rows = TOKENS_PER_STEP / request.seq_length
+        return max(1, round(rows / at_once / group)) * group
+    whole, rest = divmod(request.global_batch_size, at_once)
+    return None if rest or whole % group else whole
+
+
+def _grids(request: Request) -> Iterator[Parallel]:
+    arch, world, node = request.arch, request.world_size, request.cluster.gpus_per_node
+    tp_sizes = [n for n in _divisors(node) if _cuts(arch, n)]
+    pp_sizes = [n for n in _divisors(world) if n <= min(MAX_PP_SIZE, arch.num_layers + 1)]
+    cp_sizes = [n for n in (1, 2, 4, 8, 16) if n == 1 or request.seq_length // n >= 1024]
+    ep_sizes = [n for n in _divisors(arch.num_experts) if n <= 256]
+    for tp, pp, cp, ep in itertools.product(tp_sizes, pp_sizes, cp_sizes, ep_sizes):
+        if world % (tp * pp * cp) or world % (ep * pp) or ep < min(node, arch.num_experts):
+            continue
+        for vpp in (1, 2, 4):
+            if vpp > 1 and (pp == 1 or pp * vpp > arch.num_layers + 1):
+                continue
+            yield Parallel(
+                tp_size=tp, pp_size=pp, vpp_size=vpp, ep_size=ep, cp_size=cp,
+                stages=_stages(arch, pp, vpp),
+            )  # fmt: skip
+
+
+def _cuts(arch: Architecture, size: int) -> bool:
+    return not Parallel(tp_size=size).problems(arch, size)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@functools.cache
+def _stages(arch: Architecture, pp_size: int, vpp_size: int) -> str:
+    """Balanced by cost, worked out once for all grids of these stages."""
+    chunks = place(arch, Parallel(pp_size=pp_size, vpp_size=vpp_size))
+    return "|".join(stage.letters for stage in chunks)

@@ -1,0 +1,144 @@
+"""Memory of every stage of a workload: states and activations put together along the schedule.
+
+`count_memory` builds every distinct stage; `units.Units` gives the same from counted layers, for
+the search. Both put chunks and micro-batches together here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.placement import Stage, place
+from megatron_dsv3.plan.activations import HELD, Counted, count
+from megatron_dsv3.plan.build import built
+from megatron_dsv3.plan.records import GIB, Activations, StageMemory, States, Workload
+from megatron_dsv3.plan.schedule import counts_at_peak, order
+from megatron_dsv3.plan.states import BuildOptimizer, count_states
+
+CONTEXT = int(0.8 * GIB)
+"""What CUDA and its libraries take of a card before the first tensor."""
+COMMUNICATOR = int(0.12 * GIB)
+"""NCCL's channels of one group that this rank belongs to."""
+UNUSABLE = 0.03
+"""Share of what is allocated that the allocator's blocks leave unused beside it, with segments that
+grow (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageParts:
+    """What one rank of a stage holds."""
+
+    states: States
+    chunks: Sequence[Counted]
+    """In virtual-pipeline order."""
+
+
+def count_memory(
+    workload: Workload,
+    build_optimizer: BuildOptimizer,
+    *,
+    on_stage: Callable[[int], None] = lambda _: None,
+) -> tuple[StageMemory, ...]:
+    """Exact for states, counted for activations; takes about a second for each distinct stage.
+
+    Args:
+        workload: What is planned.
+        build_optimizer: `train.optimizer.build_optimizer`.
+        on_stage: Called with each pipeline rank that is done.
+    """
+    stages = place(workload.arch, workload.parallel)
+    known: dict[object, StageParts] = {}
+    memories = []
+    for pp_rank in range(workload.parallel.pp_size):
+        key = tuple(_likeness(s, workload) for s in stages if s.pp_rank == pp_rank)
+        if key not in known:
+            with built(workload, pp_rank) as rank:
+                states = count_states(rank, workload, build_optimizer)
+                known[key] = StageParts(states, count(rank, workload))
+        memories.append(put_together(workload, pp_rank, known[key]))
+        on_stage(pp_rank)
+    return tuple(memories)
+
+
+def put_together(workload: Workload, pp_rank: int, parts: StageParts) -> StageMemory:
+    """One rank over a whole step."""
+    stages = place(workload.arch, workload.parallel)
+    activations = over_the_schedule(workload, pp_rank, parts.chunks)
+    return StageMemory(
+        pp_rank=pp_rank,
+        letters=" ".join(stage.letters for stage in stages if stage.pp_rank == pp_rank),
+        states=parts.states,
+        activations=activations,
+        buffers=buffers(workload),
+        fragmentation=int(UNUSABLE * (parts.states.gpu + activations.total)),
+    )
+
+
+def _likeness(stage: Stage, workload: Workload) -> object:
+    """Equal for chunks that hold the same."""
+    arch, precision = workload.arch, workload.precision
+    behind = arch.num_layers - precision.bf16_last_layers
+    layers = tuple(
+        (arch.is_moe_layer(layer), precision.bf16_first_layers <= layer < behind)
+        for layer in stage.layers
+    )
+    ends = (stage.has_embedding, stage.has_final_norm, stage.has_loss)
+    return (layers, stage.mtp_layers, ends)
+
+
+def over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counted]) -> Activations:
+    """All micro-batches in flight, and the one whose backward takes most on top."""
+    weights = [float(sum(chunk.held.values())) for chunk in chunks]
+    # Rounded, so that the search asks for the same schedule again and again.
+    relative = tuple(round(weight / (max(weights) or 1.0), 2) for weight in weights)
+    in_flight = _in_flight(pp_rank, workload.parallel, workload.num_micro_batches, relative)
+    there = [chunk for chunk, number in zip(chunks, in_flight, strict=True) if number]
+    highest = max(there, key=lambda chunk: sum(chunk.peak.values()) - sum(chunk.held.values()))
+    sizes = {
+        kind: sum(n * chunk.held.get(kind, 0) for n, chunk in zip(in_flight, chunks, strict=True))
+        - highest.held.get(kind, 0)
+        + highest.peak.get(kind, 0)
+        for kind in HELD
+    }
+    return Activations(
+        **sizes,
+        recomputed=highest.peak.get("recomputed", 0),
+        working=highest.peak.get("working", 0),
+        in_flight=sum(in_flight) / len(in_flight),
+    )
+
+
+@functools.cache
+def _in_flight(
+    pp_rank: int, parallel: Parallel, num_micro_batches: int, weights: tuple[float, ...]
+) -> tuple[int, ...]:
+    """Micro-batches of each chunk at once, when they weigh most."""
+    pp_size, vpp_size = parallel.pp_size, parallel.vpp_size
+    if vpp_size == 1:
+        return (min(pp_size - pp_rank, num_micro_batches),)
+    # More than a warm-up's worth of micro-batches changes nothing.
+    most = min(num_micro_batches, (vpp_size + 2) * pp_size)
+    tasks = order(pp_rank, pp_size=pp_size, vpp_size=vpp_size, num_micro_batches=most)
+    return counts_at_peak(tasks, weights)
+
+
+def buffers(workload: Workload) -> int:
+    """What is taken of a card beside tensors."""
+    return CONTEXT + COMMUNICATOR * _num_groups(workload)
+
+
+def _num_groups(workload: Workload) -> int:
+    """Groups of more than one rank through which this rank talks."""
+    parallel = workload.parallel
+    world_size = workload.world_size
+    sizes = (
+        parallel.tp_size,
+        parallel.pp_size,
+        parallel.cp_size,
+        parallel.ep_size,
+        parallel.etp_size,
+        parallel.dp_size(world_size) * parallel.cp_size,
+        parallel.edp_size(world_size),
+    )
+    return sum(size > 1 for size in sizes)
