@@ -46,7 +46,7 @@ def killed_before(number, folder, target, path):
 
 
 def test_a_run_killed_at_any_moment_leaves_a_whole_store_or_none(tmp_path, monkeypatch):
-    """Killed before the first file that it opens, makes, renames or removes; the second; and so on."""
+    """Killed before the first file that it opens, makes, renames or removes; then the next."""
     monkeypatch.setattr(report_files, "PICTURES", {})
     monkeypatch.setattr(prepare, "tokenizer_fingerprint", lambda _: "")
     old = write_rows(tmp_path / "old.jsonl", GOOD)
