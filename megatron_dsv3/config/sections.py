@@ -70,9 +70,10 @@ class DataSection(Section):
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """What becomes of a conversation of more than `seq_length` tokens; both of the first two are
     counted and reported."""
-    history_reasoning: Literal["strip", "keep", "expand"] = "strip"
-    """Whether reasoning of earlier turns of `paths` stays in the context; inference strips it.
-    expand: every turn becomes a sample of its own, with what it will see when served."""
+    history_reasoning: Literal["strip", "keep", "expand"] | None = None
+    """Whether reasoning of earlier turns stays in the context; inference strips it. expand: every
+    turn becomes a sample of its own, with what it will see when served. null: as in the store; for
+    `paths`, strip."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What becomes of a row of `paths` that cannot be read; skipped ones are counted."""
 
