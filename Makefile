@@ -4,6 +4,8 @@
 VENV ?= .venv
 # Processes for pytest, each with one thread (tests/conftest.py).
 WORKERS ?= 2
+# For all integration tests together; each waits for nothing longer than it should take, too.
+INTEGRATION_SECONDS ?= 1500
 # Passed on to pytest or to the quickstart.
 ARGS ?=
 export VENV PYTHON
@@ -21,7 +23,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # launches (loadgroup has no effect under pytest 9.2 with xdist 3.8).
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help venv check test test-fast test-all test-gpu test-integration quickstart clean
+.PHONY: help venv check test test-fast test-all test-gpu test-nodes test-integration quickstart clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -50,8 +52,13 @@ test-all: venv ## Every test, the wide matrices too
 test-gpu: venv ## Tests on a GPU with Transformer Engine, in one process
 	python -m pytest -m gpu $(ARGS)
 
+test-nodes: venv ## Training over nodes: a real slurm, which is installed where root and apt are there, and hosts
+	python -m pytest -m integration tests/integration/test_training_slurm.py tests/integration/test_training_hosts.py $(ARGS)
+
+# A SIGTERM ends what the tests started; whoever is deaf to it is killed.
 test-integration: venv ## vLLM, slurm and Docker for real: installs them where root and apt are there
-	python -m pytest -m integration tests/integration $(ARGS)
+	timeout --foreground --kill-after=120 $(INTEGRATION_SECONDS) \
+		python -m pytest -m integration --durations=0 --durations-min=5 tests/integration $(ARGS)
 
 quickstart: venv ## Fine-tune a small DeepSeek-V3 and get a Hugging Face directory back, in minutes
 	bash examples/quickstart.sh $(ARGS)

@@ -27,6 +27,8 @@ from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import device_of, start, stop
 
 REPEATS = 5
+WARM_UP = 3
+"""Calls before: kernels are chosen and loaded in the first ones, and memory is found."""
 SLEEP_CYCLES = 60_000_000
 """About 30 ms: longer than the host takes to queue the repeats."""
 TOKENS = (1024, 4096, 16384)
@@ -244,13 +246,14 @@ def _timed(call: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Row:
         for x in inputs:
             x.grad = None
 
-    once()
+    for _ in range(WARM_UP):
+        once()
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP_CYCLES)
     for _ in range(REPEATS):
         once()
     torch.cuda.synchronize()
-    spans = [(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in events[1:]]
+    spans = [(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in events[WARM_UP:]]
     forward, backward = (statistics.median(span) for span in zip(*spans, strict=True))
     return {"forward_us": round(forward * 1e3, 1), "backward_us": round(backward * 1e3, 1)}
 

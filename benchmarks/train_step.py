@@ -14,11 +14,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from peers import mcore_plain, transformers_plain
 
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import MemorySection, OptimizerSection, PrecisionSection
 from megatron_dsv3.model.groups import Groups, device_of, start, stop
@@ -35,11 +37,18 @@ WIDE = MemorySection(
     recompute="selective",
     recompute_modules=("mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"),
 )
+PLAIN = KernelsSection(fused_rope=False, dense_single_documents=False)
+PACKED = KernelsSection(dense_single_documents=False)
+FUSED_LOSS = KernelsSection(fused_loss=True)
 FULL_VOCABULARY = slice_of_v3(vocab_size=129280)
 
 CASES = [
     Case(name="bf16 1x4k"),
+    Case(name="bf16 1x4k plain kernels", kernels=PLAIN),
     Case(name="bf16 4x4k", num_micro_batches=4),
+    Case(name="bf16 4x4k plain kernels", num_micro_batches=4, kernels=PLAIN),
+    Case(name="bf16 4x4k packed attention", num_micro_batches=4, kernels=PACKED),
+    Case(name="bf16 4x4k fused loss", num_micro_batches=4, kernels=FUSED_LOSS),
     Case(name="fp8 1x4k", precision=FP8),
     Case(name="fp8 4x4k", precision=FP8, num_micro_batches=4),
     Case(name="fp8 8x4k", precision=FP8, num_micro_batches=8),
@@ -65,6 +74,10 @@ CASES = [
         name="bf16 4x4k vocabulary 129k",
         arch=FULL_VOCABULARY, num_micro_batches=4, memory=SELECTIVE, optimizer=BF16_MOMENTS,
     ),
+    Case(
+        name="bf16 4x4k vocabulary 129k fused loss", kernels=FUSED_LOSS,
+        arch=FULL_VOCABULARY, num_micro_batches=4, memory=SELECTIVE, optimizer=BF16_MOMENTS,
+    ),
 ]  # fmt: skip
 
 PEERS: dict[str, Callable[[Groups, int], Measured]] = {
@@ -78,7 +91,7 @@ PEERS: dict[str, Callable[[Groups, int], Measured]] = {
 def main() -> None:
     """Prints one line a case as it is done, and writes all to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=None, help="names, or their beginnings")
+    parser.add_argument("--only", nargs="*", default=None, help="names, `*` for any part of one")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", default=None, help="one case by kind of kernel, no timing")
     parser.add_argument("--json", type=Path, default=None)
@@ -96,7 +109,7 @@ def main() -> None:
     for name, run in runs.items():
         if arguments.profile:
             break
-        if arguments.only is None or any(name.startswith(only) for only in arguments.only):
+        if arguments.only is None or any(fnmatchcase(name, only) for only in arguments.only):
             results += _one(name, run, groups, arguments.steps, roof)
             bench.release()
     if arguments.json:

@@ -29,9 +29,11 @@ fi
 if has apex; then
     echo "apex: the base's"
 elif [[ -n $apex ]]; then
-    APEX_CPP_EXT=1 APEX_CUDA_EXT=1 build "git+https://github.com/NVIDIA/apex.git@$apex"
+    # Older commits read the one, newer ones the other.
+    APEX_CPP_EXT=1 APEX_CUDA_EXT=1 build --config-settings "--build-option=--cpp_ext --cuda_ext" \
+        "git+https://github.com/NVIDIA/apex.git@$apex"
 else
-    echo "apex: left out (--build-arg APEX_COMMIT builds it)"
+    echo "apex: left out"
 fi
 if [[ -n $deepep ]]; then
     build "git+https://github.com/deepseek-ai/DeepEP.git@$deepep"

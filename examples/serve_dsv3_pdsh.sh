@@ -23,11 +23,12 @@ usage() {
     exit 2
 }
 
+# shellcheck source=examples/cluster/hosts.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cluster/hosts.sh"
 [[ $# -ge 2 && $1 != -* && $2 != -* ]] || usage
 hosts=$1 hf_dir=$2
 shift 2
-# The names one by one, in pdsh's own order.
-mapfile -t names < <(pdsh -Q -R exec -w "$hosts" true | tail -n 1 | tr ',' '\n')
+read_hosts "$hosts"
 tp=8 pp=${#names[@]} main_port=29501
 cli=(megatron-dsv3) python=python3 key_file="" rest=()
 while [[ $# -gt 0 ]]; do
@@ -60,22 +61,15 @@ key=""
 id="serve-dsv3-$(hostname)-$$"
 
 # Scripts for bash on the hosts, in one line each, so that any login shell can hand them on. A host's
-# rank is its place in the list; a file tells the process to end, since ssh passes no signals on.
-remote="rank=0; for name in ${names[*]}; do [[ \$name == %h ]] && break; rank=\$((rank + 1)); done; "
-remote+="umask 077; echo \$\$ >/tmp/$id.\$rank; ${key}exec $command --node-rank \$rank"
-end_remote="for file in /tmp/$id.*; do [[ -e \$file ]] || continue; pid=\$(cat \$file 2>/dev/null) || continue; "
-end_remote+="kill -TERM \$pid 2>/dev/null; for ((i = 0; i < 120; i++)); do "
-end_remote+="kill -0 \$pid 2>/dev/null || break; sleep 0.5; done; rm -f \$file; done"
-
-on_all() {
-    # -S: the worst exit code of all hosts.
-    pdsh -S -R exec -f "${#names[@]}" -w "$hosts" ssh -o BatchMode=yes %h "bash -c ${1@Q}"
-}
+# rank is its place in the list.
+remote="rank=0; for name in ${names[*]}; do [[ \$name == %h ]] && break; rank=\$((rank + 1)); done; ${key}"
+remote+=$(remember_and_run "$id" "\$rank" "$command --node-rank \$rank")
+all=$(IFS=, && echo "${names[*]}")
 
 end() {
     code=$?
     trap - EXIT INT TERM
-    on_all "$end_remote" || true
+    on_hosts "$all" "$(end_remembered "$id")" || true
     wait || true
     exit "$code"
 }
@@ -83,5 +77,5 @@ trap end EXIT
 trap 'exit 0' INT TERM
 
 # In the background, so that a signal is answered at once.
-on_all "$remote" </dev/null &
+on_hosts "$all" "$remote" </dev/null &
 wait "$!"

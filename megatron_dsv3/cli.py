@@ -2,12 +2,13 @@
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -29,6 +30,7 @@ app.add_typer(plan, name="plan")
 USER_ERROR = 2
 JOB_SUFFIXES = (".yaml", ".yml")
 DIFFERENT = 1
+PreflightStep = Literal["report", "choose", "links"]
 
 
 @app.command()
@@ -38,10 +40,21 @@ def train(
         list[str] | None,
         typer.Argument(help="Settings that replace the file's: section.name=value ..."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and build the shapes; no start.")
+    ] = False,
+    processes: Annotated[
+        int, typer.Option(help="With --dry-run: of the training, one a GPU.", min=1)
+    ] = 1,
 ) -> None:
     """Fine-tune a model and write the Hugging Face directory; alone or under torchrun."""
     settings = load_job(job, overrides or [])
     # Imported here, so that --help and mistakes in the job don't wait for torch and Megatron-Core.
+    if dry_run:
+        from megatron_dsv3.commands import dry_run as check
+
+        check.run(settings, Console(), num_processes=processes)
+        return
     from megatron_dsv3.commands import train as command
 
     command.run(settings, Console())
@@ -191,14 +204,72 @@ def verify(
 
 @app.command()
 def preflight(
-    local: Annotated[bool, typer.Option("--local", help="Look at this machine alone.")] = False,
+    job: Annotated[Path | None, typer.Argument(help="Job file (YAML).", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings that replace the file's: section.name=value ..."),
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Without a job: tell what this machine brings.")
+    ] = False,
+    step: Annotated[
+        PreflightStep | None,
+        typer.Option(
+            help="Of a check of many nodes: report (on each), choose (on one), links (under "
+            "torchrun on the chosen ones); none: all at once, in the processes that run.",
+            show_default=False,
+        ),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Of the steps: folder that all nodes see.", show_default=False),
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option(help="report: name of this node.", show_default=False)
+    ] = None,
+    nodes: Annotated[
+        str, typer.Option(help="choose, links: names of the nodes, parted by commas.")
+    ] = "",
+    needed: Annotated[
+        int | None,
+        typer.Option(help="choose: how many of them; the rest are spares.", show_default=False),
+    ] = None,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Least GB/s a rank between nodes; 10 of GPUs.", show_default=False),
+    ] = None,
+    floor_inside: Annotated[
+        float | None,
+        typer.Option(help="Least GB/s a rank within a node; 100 of GPUs.", show_default=False),
+    ] = None,
 ) -> None:
-    """Tell what this machine brings to a job: versions, GPUs, memory, disks."""
-    if not local:
-        raise ValueError("preflight: expected --local, the only machine that it looks at")
+    """Check the nodes of a job before it starts; alone, under torchrun, or in steps."""
+    console = Console()
+    if local or job is None:
+        if not local or job is not None:
+            raise ValueError("preflight: expected a job file, or --local for this machine alone")
+        from megatron_dsv3.commands import preflight as command
+
+        command.run_local(console)
+        return
+    settings = load_job(job, overrides or [])
     from megatron_dsv3.commands import preflight as command
 
-    command.run_local(Console())
+    floors = command.floors(settings, across=floor, inside=floor_inside)
+    if step is None:
+        command.at_once(settings, console, floors)
+        return
+    if directory is None:
+        raise ValueError(f"--step {step} needs --dir, a folder that all nodes see")
+    names = [name for name in nodes.split(",") if name]
+    if step == "report":
+        command.report(settings, directory, node or socket.gethostname())
+    elif not names:
+        raise ValueError(f"--step {step} needs --nodes, names parted by commas")
+    elif step == "choose":
+        command.choose_nodes(settings, directory, names, console, needed=needed or len(names))
+    else:
+        command.links(settings, directory, names, console, floors)
 
 
 @serve.command("check")
@@ -229,7 +300,13 @@ def serve_run(
     name: Annotated[
         str | None, typer.Option(help="Name of the model in requests; by default the directory's.")
     ] = None,
-    max_model_len: Annotated[int, typer.Option(help="Tokens of prompt and answer.")] = 32768,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of prompt and answer; by default 32768, or what a shorter model takes.",
+            show_default=False,
+        ),
+    ] = None,
     reasoning_parser: Annotated[str, typer.Option(help="vLLM's, or none.")] = "deepseek_r1",
     tool_parser: Annotated[
         str, typer.Option(help="vLLM's: deepseek_v3, deepseek_v31, or none.")

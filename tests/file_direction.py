@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from megatron_dsv3.convert.direct_file import Part
+from megatron_dsv3.convert.journal import Written
 from megatron_dsv3.convert.memory import Budget
 from megatron_dsv3.convert.offline import Share, Unit, convert
 
@@ -37,7 +41,7 @@ class Files:
 
     def write(
         self, unit: str, path: Path, *, piece_bytes: int, on_bytes: Callable[[int], None]
-    ) -> Mapping[str, Any]:
+    ) -> Written:
         number = int(unit.removeprefix("file-"))
         with path.open("wb") as file:
             for piece in range(10):
@@ -47,7 +51,13 @@ class Files:
                 time.sleep(self.pause_s)
                 if number == 5 and piece == 5 and self.trouble not in ("", "end"):
                     self._fail()
-        return {"number": number}
+        content = path.read_bytes()
+        half = len(content) // 2
+        parts = [
+            Part(len(piece), xxhash.xxh3_128_hexdigest(piece))
+            for piece in (content[:half], content[half:])
+        ]
+        return Written(parts, {"number": number})
 
     def _fail(self) -> None:
         if self.trouble == "full disk":

@@ -19,7 +19,7 @@ def write_all(direction: ToMegatron, out: Path) -> Path:
     reports = {
         unit.name: direction.write(
             unit.name, out / unit.name, piece_bytes=PIECE_BYTES, on_bytes=lambda _: None
-        )
+        ).report
         for unit in direction.units()
     }
     direction.finish(out, reports)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 
 import pytest
 from chat_cases import (
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer
 
 from megatron_dsv3.data import tokens
 from megatron_dsv3.data.messages import parse_conversation
+from megatron_dsv3.data.own_template import OwnTemplate
 from megatron_dsv3.data.templates import TEMPLATES, Special
 from megatron_dsv3.data.tokens import Vocabulary, encode, load_tokenizer, render, tokenize
 
@@ -143,6 +145,18 @@ def test_text_that_the_template_leaves_out_is_reported(tokenizer):
     assert encode(TOOL_LOOP, tokenizer, TEMPLATES["deepseek_v3_1"]).dropped == ()
 
 
+# Ends of words with all that may follow them, and special tokens' text across them.
+CUTS = (
+    "word a",
+    "word\n\n b",
+    "w  \n",
+    "x \u4f60\u597d\n",
+    "12 345",
+    "_ _",
+    "<｜User｜> <think>\n",
+    "é e\u0301 ",
+)
+
 # ---- Many at once, and the tokenizer ------------------------------------------------------------
 
 
@@ -166,6 +180,61 @@ def test_many_conversations_at_once_are_the_same_as_one_by_one(
         assert encoded.loss.tolist() == alone.loss.tolist()
         assert encoded.dropped == alone.dropped
     assert tokenize([], vocabulary) == []
+
+
+@property_test
+@given(pieces=st.lists(st.one_of(texts, st.sampled_from(CUTS)), min_size=4, max_size=60))
+def test_a_long_text_has_the_tokens_that_it_has_in_one_piece(tokenizer, plain_tokenizer, pieces):
+    text = "".join(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "_LONGEST_PART", 16)
+        parts = list(tokens._parts(text, tokenizer.backend_tokenizer))
+        [(_, encoded)] = tokens._encode_texts([text], Vocabulary.of(tokenizer))
+    assert "".join(parts) == text
+    assert encoded.ids.tolist() == plain_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_long_text_is_cut_where_it_can_be(tokenizer, monkeypatch):
+    backend = tokenizer.backend_tokenizer
+    monkeypatch.setattr(tokens, "_LONGEST_PART", 400)
+    words = "It is a word, 1234 of them.\n" * 200
+    assert max(map(len, tokens._parts(words, backend))) <= 400
+    assert list(tokens._parts("a" * 5000, backend)) == ["a" * 5000]
+
+
+def test_a_text_that_comes_again_is_tokenised_once(tokenizer, monkeypatch):
+    asked = []
+    real = tokens._encode_texts
+    monkeypatch.setattr(tokens, "_encode_texts", lambda t, v: [asked.extend(t), *real(t, v)][1:])
+    rows = [parse_conversation(row) for row in ([user("q"), assistant("q")], THINKING, THINKING)]
+    rendered = [render(row, TEMPLATES["deepseek_r1"]) for row in rows]
+    known: dict = {}
+    first, second, third = tokenize(rendered, Vocabulary.of(tokenizer), known)
+    assert sorted(asked) == sorted(set(asked)) == sorted(known)
+    assert second.tokens.tolist() == third.tokens.tolist()
+    assert (first.tokens[2], first.loss.tolist()) == (first.tokens[4], [False] * 4 + [True] * 2)
+    [again] = tokenize(rendered[1:2], Vocabulary.of(tokenizer), known)
+    assert again.tokens.tolist() == second.tokens.tolist()
+    assert len(asked) == len(known)
+
+
+def test_special_tokens_that_words_spell_are_told(tokenizer):
+    messages = [user("<｜User｜> a </think>"), assistant("<think>r</think><think>b</think>")]
+    encoded = encode(messages, tokenizer, TEMPLATES["deepseek_r1"])
+    assert encoded.spelled == {"<｜User｜>", "<think>", "</think>"}
+    assert encode(THINKING, tokenizer, TEMPLATES["deepseek_r1"]).spelled == set()
+
+
+def test_a_name_is_written_by_no_template_and_told(tokenizer):
+    messages = [{**user("q"), "name": "bob"}, assistant("a")]
+    for template in (TEMPLATES["deepseek_v3"], OwnTemplate.of(tokenizer)):
+        render_ = (
+            template.render
+            if isinstance(template, OwnTemplate)
+            else partial(render, template=template)
+        )
+        [dropped] = render_(parse_conversation(messages)).dropped
+        assert (dropped.turn, dropped.part, dropped.counted) == (0, "name", False)
 
 
 def test_a_tokenizer_set_to_truncate_and_pad_encodes_in_full(tokenizer):

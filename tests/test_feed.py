@@ -10,6 +10,7 @@ from chat_cases import deepseek_tokenizer
 from small_job import CONVERSATIONS, write_chats, write_job
 from store_cases import RECIPE, write_store
 
+from megatron_dsv3.commands import feed as feed_module
 from megatron_dsv3.commands.feed import data_problems, open_feed
 from megatron_dsv3.commands.resume import Progress
 from megatron_dsv3.config.job import Job, load_job
@@ -118,6 +119,7 @@ def test_chat_files_are_prepared_once_and_again_when_they_change(tmp_path, token
 
     first = read()
     assert len(first) == len(CONVERSATIONS)
+    assert re.match(rf"data: preparing 1 files of 0\.\d MB as {tmp_path}/log/data/train", told[-2])
     assert re.match(r"data: 6 rows into 6 samples, 0 dropped, 0 truncated; report in ", told[-1])
     assert read() == first
     assert told[-1] == f"data: {tmp_path / 'log' / 'data' / 'train'} is prepared already"
@@ -126,6 +128,28 @@ def test_chat_files_are_prepared_once_and_again_when_they_change(tmp_path, token
     job = make_job(tmp_path, "data.template=deepseek_v3_1")
     assert read() != first[:4]
     assert read_manifest(tmp_path / "log/data/train").recipe.template == "deepseek_v3_1"
+
+
+def test_a_damaged_store_of_chat_files_is_prepared_anew(tmp_path, tokenizer, groups):
+    told: list[str] = []
+    job = make_job(tmp_path)
+    feed = open_feed(job, tokenizer, groups, told.append, num_mtp=1)
+    path = feed.train.store.directory / "tokens.bin"
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    told.clear()
+    open_feed(job, tokenizer, groups, told.append, num_mtp=1)
+    assert re.match(
+        r"data: prepared anew: .*train: manifest\.json gives tokens\.bin the h", told[0]
+    )
+    assert path.read_bytes() == whole
+
+
+def test_a_long_preparation_says_how_far_it_is(tmp_path, tokenizer, groups, monkeypatch):
+    monkeypatch.setattr(feed_module, "_SECONDS_BETWEEN_LINES", 0)
+    told: list[str] = []
+    open_feed(make_job(tmp_path), tokenizer, groups, told.append, num_mtp=1)
+    assert re.fullmatch(r"data: 100% read, 6 rows, [\d,]+ rows/s, 0 s left", told[1])
 
 
 def test_turns_are_expanded_into_samples_where_the_job_says_so(tmp_path, tokenizer, groups):

@@ -13,6 +13,7 @@ from outcomes import Outcome, in_bf16, of_ours, of_transformers, relative_error
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import ExpertsSection
 from megatron_dsv3.convert.bridge import Bridge
@@ -41,11 +42,19 @@ def tokens() -> Tensor:
     return torch.randint(0, 128, (2, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def _bridge(reference: Reference, directory: Path, groups: Groups, dtype: torch.dtype) -> Bridge:
+def _bridge(
+    reference: Reference,
+    directory: Path,
+    groups: Groups,
+    dtype: torch.dtype,
+    kernels: KernelsSection = KernelsSection(),
+) -> Bridge:
     reference.save(directory, dtype=dtype)
     arch = Architecture.from_hf(directory)
     experts = ExpertsSection(aux_loss_coefficient=0.0)
-    config = mcore_config(arch, Parallel(), dtype=dtype, device=groups.device, experts=experts)
+    config = mcore_config(
+        arch, Parallel(), dtype=dtype, device=groups.device, experts=experts, kernels=kernels
+    )
     chunks = build_chunks(
         arch, Parallel(), groups, config, max_seq_length=2 * LENGTH, transformer_engine=True
     )
@@ -79,6 +88,40 @@ def peer(reference, tokens) -> Outcome:
     return of_transformers(in_bf16(reference, "cuda"), tokens.cuda())
 
 
+KERNELS = {
+    "default": KernelsSection(),
+    "no fused rope": KernelsSection(fused_rope=False),
+    "packed attention": KernelsSection(dense_single_documents=False),
+    "fused loss": KernelsSection(fused_loss=True),
+}
+
+
+@pytest.fixture(scope="module")
+def row(tokens) -> Tensor:
+    """One document."""
+    return tokens[:1]
+
+
+@pytest.fixture(scope="module")
+def exact_row(reference, row) -> Outcome:
+    """transformers in fp32 on the CPU."""
+    return of_transformers(reference, row)
+
+
+@pytest.fixture(scope="module")
+def peer_row(reference, row) -> Outcome:
+    """transformers in bf16 on the GPU."""
+    return of_transformers(in_bf16(reference, "cuda"), row.cuda())
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS.keys())
+def test_each_kernel_is_as_near_to_transformers_as_its_own_bf16(
+    groups, reference, row, exact_row, peer_row, tmp_path, kernels
+):
+    bridge = _bridge(reference, tmp_path, groups, torch.bfloat16, kernels)
+    _assert_near(of_ours(bridge, row, row=_packed(1, groups.device)), exact_row, peer_row)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_logits_and_gradients_are_those_of_transformers(
@@ -88,16 +131,21 @@ def test_logits_and_gradients_are_those_of_transformers(
         pytest.skip("cuDNN has no fp32 attention, and unfused attention no packed rows")
     bridge = _bridge(reference, tmp_path, groups, dtype)
     ours = of_ours(bridge, tokens, row=_packed(2, groups.device) if packed else None)
+    _assert_near(ours, exact, peer if dtype is torch.bfloat16 else None)
+
+
+def _assert_near(ours: Outcome, exact: Outcome, peer: Outcome | None) -> None:
+    """Logits and every gradient; within what `peer` is off by, or in fp32."""
     for depth, logits in enumerate(exact.logits):
         bound = FP32_TOLERANCE
-        if dtype is torch.bfloat16:
+        if peer is not None:
             bound = PEER_RATIO * relative_error(peer.logits[depth], logits)
         assert relative_error(ours.logits[depth], logits) < bound
     assert ours.moved == exact.moved
     excess = {}
     for name in exact.moved:
         bound = 3 * FP32_TOLERANCE
-        if dtype is torch.bfloat16:
+        if peer is not None:
             bound = PEER_RATIO * relative_error(peer.gradients[name], exact.gradients[name])
         excess[name] = relative_error(ours.gradients[name], exact.gradients[name]) / bound
     worst = max(excess, key=excess.__getitem__)

@@ -37,7 +37,8 @@ FP32_TOLERANCE = 1e-4
 def convert(*arguments: object) -> None:
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools/checkpoint/convert.py")]
     # The converter needs no GPU.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,

@@ -67,7 +67,8 @@ class Run:
     gradients: dict[str, Tensor]
     """Of the first step, over their norm: only fp32 buffers are what is clipped, not a copy."""
     updates: dict[str, Tensor]
-    """Of all steps together, by Hugging Face's names."""
+    """Of the fp32 masters, by all steps together: bf16 weights would magnify a difference to the
+    size of their own rounding."""
     states: dict[str, list[State]] = field(repr=False)
     """Of the optimizer after the first step: moments, and masters where it keeps them."""
     activation_bytes: int
@@ -93,11 +94,15 @@ def _batches() -> list[Batch]:
     return [batch(samples[:DOCUMENTS]), batch(samples[DOCUMENTS:])]
 
 
-def train(groups: Groups, hf_dir: Path, **options: Any) -> Run:
+@dataclass(frozen=True)
+class Engine:
+    bridge: Bridge
+    optimizer: Any
+    step: TrainStep
+
+
+def _engine(groups: Groups, hf_dir: Path, **options: Any) -> Engine:
     """`options` of the sections `optimizer` and `memory`, by their names."""
-    gc.collect()  # the model of the run before is part of a cycle
-    torch.cuda.empty_cache()
-    base = torch.cuda.memory_allocated()
     memory = MemorySection(**{k: v for k, v in options.items() if k in MemorySection.model_fields})
     section = OptimizerSection(
         lr=LR,
@@ -119,6 +124,17 @@ def train(groups: Groups, hf_dir: Path, **options: Any) -> Run:
     wrapped = wrap(chunks, config, optimizer=section)
     optimizer = build_optimizer(section, wrapped, dtype=dtype)
     step = TrainStep(wrapped, optimizer, groups, mtp_loss_weight=0.3, experts=experts)
+    return Engine(bridge, optimizer, step)
+
+
+def train(groups: Groups, hf_dir: Path, **options: Any) -> Run:
+    gc.collect()  # the model of the run before is part of a cycle
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    engine = _engine(groups, hf_dir, **options)
+    bridge, optimizer, step = engine.bridge, engine.optimizer, engine.step
+    named = dict(bridge.chunks[0].named_parameters())
+    before = _masters(optimizer, bridge.chunks[0])
     results, gradients, states, peak, held = [], {}, {}, 0, 0
     for number in range(NUM_STEPS):
         torch.cuda.synchronize()
@@ -128,18 +144,26 @@ def train(groups: Groups, hf_dir: Path, **options: Any) -> Run:
         peak = torch.cuda.max_memory_allocated() - before_step
         held = before_step - base
         if number == 0:
-            gradients = _unit(
-                {n: p.main_grad.to("cpu", torch.float32) for n, p in chunks[0].named_parameters()}
-            )
+            gradients = _unit({n: p.main_grad.to("cpu", torch.float32) for n, p in named.items()})
             states = _states(optimizer)
     step.settle()
-    before = hf_reference.read(hf_dir)
-    updates = {
-        name: tensor.cpu().float() - before[name].float()
-        for name, tensor in bridge.export(dtype=dtype)
-    }
+    updates = {n: master - before[n] for n, master in _masters(optimizer, bridge.chunks[0]).items()}
     losses, norms = [r.losses.main for r in results], [r.grad_norm for r in results]
     return Run(losses, norms, gradients, updates, states, peak, held)
+
+
+def _masters(optimizer: Any, model: torch.nn.Module) -> dict[str, Tensor]:
+    """On the host; before the first step some optimizers have none: the weights, then."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for part in optimizer.chained_optimizers:
+        for buffer in part.buffers:
+            for parameter in buffer.param_index_map:
+                started = len(part.optimizer.state) > 0
+                tensors = part._get_main_param_and_optimizer_states(parameter) if started else {}
+                master = tensors.get("param", parameter)
+                found[names[id(parameter)]] = master.detach().to("cpu", torch.float32).view(-1)
+    return {name: master.clone() for name, master in found.items()}
 
 
 def _unit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -226,6 +250,33 @@ def test_training_trains(run):
 )
 def test_what_is_computed_again_or_offloaded_frees_memory(run, options, left):
     assert run(**options).activation_bytes < left * run().activation_bytes
+
+
+def _optimized(optimizer: Any) -> list[Tensor]:
+    """What Adam updates, fp32, in the order of the optimizer's groups."""
+    parts = (part.optimizer for part in optimizer.chained_optimizers)
+    return [tensor for part in parts for group in part.param_groups for tensor in group["params"]]
+
+
+def test_the_update_of_the_masters_is_that_of_torchs_adamw(groups, hf_dir):
+    """The first step's gradients are read back from the first moment that they became."""
+    engine = _engine(groups, hf_dir)
+    masters = _optimized(engine.optimizer)
+    ours = [torch.nn.Parameter(master.detach().clone()) for master in masters]
+    adamw = torch.optim.AdamW(ours, lr=LR, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    before = {}
+    for number in range(NUM_STEPS):
+        engine.step(_batches())
+        for part in engine.optimizer.chained_optimizers:
+            for master, state in part.optimizer.state.items():
+                at = next(i for i, other in enumerate(masters) if other is master)
+                moment = state["exp_avg"].clone()
+                ours[at].grad = (moment - 0.9 * before.get(at, 0.0)) / (1 - 0.9)
+                before[at] = moment
+        assert len(before) == len(ours), f"step {number}: every master has moments"
+        adamw.step()
+    for theirs, mine in zip(masters, ours, strict=True):
+        torch.testing.assert_close(theirs.detach(), mine.detach(), rtol=1e-5, atol=1e-5 * LR)
 
 
 STATES: dict[str, dict[str, Any]] = {

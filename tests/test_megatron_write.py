@@ -237,7 +237,7 @@ def _sparse_v3(directory: Path) -> Path:
         file = f"model-{number + 1:05}-of-00163.safetensors"
         group = {name: infos[name] for name in names[number::163]}
         weight_map |= dict.fromkeys(group, file)
-        SafetensorsWriter(directory / file, group)._file.close()
+        SafetensorsWriter(directory / file, group)._file.finish()
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(DEEPSEEK_V3.to_hf()))

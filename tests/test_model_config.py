@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Yarn
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import ExpertsSection, MemorySection
 from megatron_dsv3.model import config as module
 from megatron_dsv3.model.config import DeepseekV3Config, mcore_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ALL = KernelsSection(fused_loss=True)
 CUDA_ONLY = {
     "use_cpu_initialization", "attention_backend", "bias_activation_fusion",
     "gradient_accumulation_fusion", "moe_permute_fusion",
+    "apply_rope_fusion", "dense_single_documents", "cross_entropy_loss_fusion",
+    "cross_entropy_fusion_impl",
 }  # fmt: skip
 """Fields that choose a kernel or a place, never a number."""
 
@@ -227,6 +231,30 @@ def test_a_gpu_changes_kernels_and_no_numbers(given, dtype):
     differing = {k for k in on_cpu.keys() | on_gpu.keys() if on_cpu.get(k) != on_gpu.get(k)}
     assert differing <= CUDA_ONLY
     assert on_gpu["use_cpu_initialization"] is False
+
+
+KERNEL_FIELDS = (
+    "apply_rope_fusion", "dense_single_documents", "cross_entropy_loss_fusion",
+    "cross_entropy_fusion_impl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (True, True, False, "native")),
+        ({"kernels": KernelsSection(fused_rope=False)}, (False, True, False, "native")),
+        ({"kernels": KernelsSection(dense_single_documents=False)}, (True, False, False, "native")),
+        ({"kernels": KernelsSection(fused_loss=True)}, (True, True, True, "te")),
+        # fp32 is there for checks; the kernels are for bf16, the rotation for YaRN's angles.
+        ({"dtype": torch.float32, "kernels": ALL}, (False, False, False, "native")),
+        ({"arch": replace(DEEPSEEK_V3, yarn=None), "kernels": ALL}, (False, True, True, "te")),
+    ],
+    ids=str,
+)
+def test_kernels_are_taken_on_a_gpu_as_asked_for(given, changes, expected):
+    values = given(device=CUDA, **changes)
+    assert tuple(values[name] for name in KERNEL_FIELDS) == expected
 
 
 def test_options_come_last(given):

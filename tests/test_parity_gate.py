@@ -41,7 +41,7 @@ def test_a_right_model_passes_in_every_part_far_below_what_is_allowed(check):
     report = check()
     assert [d.part for d in report.differences] == [*PARTS, "loss", "MTP loss"]
     assert all(d.share < 0.1 for d in report.differences)
-    assert all(d.compared > 10 * d.left_out for d in report.differences)
+    assert not any(d.ties for d in report.differences)
     assert report.logits_error < 1e-5
 
 
@@ -69,18 +69,20 @@ def test_mtp_that_the_model_leaves_out_is_not_compared(check):
     assert [d.part for d in report.differences] == [*PARTS[:5], "loss"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+MODELS = [(seed, {"num_hidden_layers": 8}) for seed in range(3)]
+MODELS += [(seed, hf_reference.REAL_HEADS) for seed in (1, 2)]  # MTP's router gets other experts
+
+
+@pytest.mark.parametrize(("seed", "changes"), MODELS)
 def test_bf16_passes_within_its_own_bound_with_biases_that_rounding_can_outdo(
-    check, tmp_path, seed
+    check, tmp_path, seed, changes
 ):
-    directory = hf_reference.build(seed, num_hidden_layers=8).save(
-        tmp_path / "hf", dtype=torch.bfloat16
-    )
+    directory = hf_reference.build(seed, **changes).save(tmp_path / "hf", dtype=torch.bfloat16)
     report = check(directory, dtype=torch.bfloat16, longest=200)
     shares = {d.part: d.share for d in report.differences}
     assert max(shares.values()) < 0.7, shares
     assert max(shares.values()) > 0.05, "the bound would hide mistakes"
-    assert all(d.left_out < d.compared for d in report.differences)
+    assert all(d.ties < 0.2 * d.compared for d in report.differences)
 
 
 # ---- Planted mistakes ---------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_products_are_taken_out_of_fp8_for_the_comparison_alone(check):
 def test_other_layers_stay_unsuspected_where_one_is_wrong(check):
     with pytest.raises(SharedError) as error:
         check(damage=_scale(L1 + "self_attention.linear_proj.weight", 1.5))
-    assert "also in loss, MTP loss;" in str(error.value)
+    assert "also in" not in str(error.value)
 
 
 def test_another_directory_is_told_apart(check, hf_dir, tmp_path):

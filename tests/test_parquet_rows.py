@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_dsv3.data import compressed, parquet_rows
+from megatron_dsv3.data.messages import parse_conversation
 from megatron_dsv3.data.rows import Fault, decode
 from megatron_dsv3.data.schemas import read_chat
 from megatron_dsv3.data.sources import Source
@@ -37,9 +38,30 @@ def test_rows_come_in_order_without_the_columns_that_mean_nothing(tmp_path, grou
     path = write(tmp_path / "any.name", ROWS, row_group_size=group)
     rows, faults = read(path)
     assert faults == []
-    assert [row.value for row in rows] == [{"messages": row["messages"]} for row in ROWS]
+    turns = [[{k: t[k] for k in ("role", "content")} for t in row["messages"]] for row in ROWS]
+    assert [row.value for row in rows] == [{"messages": messages} for messages in turns]
     assert [row.place for row in rows[:2]] == [f"{path}:1", f"{path}:2"]
     assert read_chat(rows[3].value).conversation[1].content == "aaa"
+
+
+def test_nested_columns_give_what_was_put_in_and_not_the_keys_of_other_rows(tmp_path):
+    """A table makes one type of all arguments, and fills each with null for all others' keys."""
+    arguments = ({"city": "Rome"}, {"query": "q", "filter": {"year": 3}}, {"filter": {"tags": []}})
+    chats = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": one}}]},
+        ]
+        for one in arguments
+    ]
+    rows, faults = read(write(tmp_path / "a.parquet", [{"messages": chat} for chat in chats]))
+    assert faults == []
+    for row, chat in zip(rows, chats, strict=True):
+        assert read_chat(row.value).conversation == parse_conversation(chat)
+        assert read_chat(row.value).conversation[0].content == "a\nb"
 
 
 def test_progress_and_hash_are_those_of_the_file(tmp_path):

@@ -22,7 +22,7 @@ from chat_cases import (
 )
 from prepare_cases import GOOD, run, samples_of, write_rows
 
-from megatron_dsv3.data import report_files
+from megatron_dsv3.data import pipeline, report_files
 from megatron_dsv3.data.store import STORE_FILES, Store
 from megatron_dsv3.data.templates import TEMPLATES
 from megatron_dsv3.data.tokens import encode
@@ -172,6 +172,16 @@ def test_history_reasoning(tmp_path, tokenizer, history, texts):
         assert spell(tokenizer.decode(samples[1].tokens[samples[1].loss])).startswith("<think>\nt")
     assert report.not_written == ({} if history == "keep" else stripped)
     assert report.rows.kept == 1
+
+
+@pytest.mark.parametrize("history", ["strip", "expand"])
+def test_samples_do_not_depend_on_how_many_are_tokenised_at_once(tmp_path, monkeypatch, history):
+    path = write_rows(tmp_path / "a.jsonl", TWO_TURNS, TOOL_LOOP, [user("q")], TWO_TURNS)
+    options = {"history_reasoning": history, "on_bad_row": "skip"}
+    report = run(tmp_path / "many", path, **options)
+    monkeypatch.setattr(pipeline, "_CHARACTERS_AT_A_TIME", 1)
+    assert run(tmp_path / "one", path, **options).rows == report.rows
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "many")
 
 
 LONG = [user("q"), assistant("word " * 50)]

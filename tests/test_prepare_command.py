@@ -41,7 +41,7 @@ def test_a_run_says_what_it_kept_and_what_not_and_shows_samples(call, tmp_path):
         [user("q"), thought, user("s"), thought],
         [user("q")],
         [user("q"), assistant("word " * 99)],
-        GOOD,
+        [user("<｜User｜>?"), assistant("r\n</think>\n\na")],
     )
     target = tmp_path / "store"
     options = ("--model", HF_DIR, "--template", "deepseek_r1", "--workers", "1")
@@ -60,6 +60,8 @@ def test_a_run_says_what_it_kept_and_what_not_and_shows_samples(call, tmp_path):
     assert f"skipped: {path}:2 (byte " in out
     assert re.search(rf"did not fit: {path}:3: 10\d tokens", out)
     assert "not written: reasoning (counted): earlier turns' reasoning is stripped" in out
+    assert "kept as text: <｜User｜> in the words of 1 samples\n" in out
+    assert "kept as text: </think> in the words of 1 samples; is it the end of reasoning" in out
     assert "<｜Assistant｜>⟦b<｜end▁of▁sentence｜>⟧<｜User｜>s<｜Assistant｜>⟦<think>" in out
     assert f"wrote {target}, report in {target / 'report'}" in out
     assert json.loads((target / "report" / "report.json").read_text())["rows"]["kept"] == 2
@@ -83,6 +85,7 @@ def test_a_run_says_what_it_kept_and_what_not_and_shows_samples(call, tmp_path):
         (["{file}", "--model", "{tmp}"], "tokenizer.json: not found; expected the tokenizer files"),
         ([], "error: no input: name chat files, or --show N to look into a store"),
         (["--show", "1"], "store: no such directory (no manifest.json); write it with"),
+        (["{file}", "--out", "{file}/store"], "a.jsonl/store.unfinished: Not a directory"),
         (["{bad}"], "bad.jsonl:1 (byte 0): messages: no assistant turn to learn from"),
     ],
 )

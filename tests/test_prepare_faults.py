@@ -150,6 +150,12 @@ FAULTS = {
         ":1 (byte 0): expected an object with the key messages or conversations, got prompt, compl",
         0,
     ),
+    "odd keys": (
+        b'{"\\ud800": 1, "\\u001b[2J": 2}',
+        "unknown schema",
+        r"the key messages or conversations, got '\ud800', '\x1b[2J'",
+        0,
+    ),
     "both schemas": (
         row(conversations=[1]),
         "unknown schema",

@@ -45,6 +45,11 @@ def test_share_gpt_reads_as_the_same_messages():
     )
 
 
+def test_a_system_prompt_beside_the_turns_is_the_first_turn():
+    chat = read_chat({"messages": MESSAGES, "system": "s"})
+    assert chat.conversation == parse_conversation([{"role": "system", "content": "s"}, *MESSAGES])
+
+
 def test_empty_columns_of_a_table_decide_nothing():
     row = {"messages": MESSAGES, "conversations": None, "system": None, "tools": None}
     assert read_chat(row) == ("messages", parse_conversation(MESSAGES))
@@ -56,6 +61,13 @@ def test_empty_columns_of_a_table_decide_nothing():
     ("row", "reason", "problem"),
     [
         (3, "not an object", "expected an object with messages, got int"),
+        ({"\ud800": 1, "\x1b[2J": 1}, "unknown schema", r"got '\\ud800', '\\x1b\[2J'$"),
+        ({"k" * 99: 1, **dict.fromkeys("abcdefghij")}, "unknown schema", "k{60}, a, .* g and 3 m"),
+        (
+            share_gpt({"from": "x" * 999, "value": "a"}),
+            "bad conversation",
+            r"got 'x{56}\.\.\.$",
+        ),
         (None, "not an object", "expected an object with messages, got null"),
         ([1], "not an object", "expected an object with messages, got a list"),
         ({}, "unknown schema", "expected .* the key messages or conversations, got none"),

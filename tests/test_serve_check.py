@@ -20,10 +20,14 @@ from megatron_dsv3.convert.mapping import by_hf_name
 from megatron_dsv3.data.tokens import load_tokenizer
 from megatron_dsv3.serve import tokenizer_check
 from megatron_dsv3.serve.finding import Finding
-from megatron_dsv3.serve.hf_check import check_hf, refuse_unservable
+from megatron_dsv3.serve.hf_check import check_export, check_hf, refuse_unservable
 
 WEIGHTS = "model.safetensors"
 MTP = "model.layers.2."
+YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 16, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 SCALED = "model.layers.0.mlp.gate_proj.weight"
 
 
@@ -156,12 +160,38 @@ def test_a_wrong_key_is_named(copy, key, value, named):
         ({"rope_scaling": None, "max_position_embeddings": 99}, "there is no YaRN"),
         ({"max_position_embeddings": 99}, "stretches 16 positions by 40 to 640, but .* is 99"),
         ({"torch_dtype": "bfloat16"}, "torch_dtype is 'bfloat16', the weights are in torch.float"),
+        ({"torch_dtype": ["float32"]}, r"torch_dtype is \['float32'\], the weights are in torch"),
+        (
+            {"rope_scaling": YARN | {"truncate": False}},
+            "truncate is false, which vLLM does",
+        ),
     ],
 )
 def test_what_does_not_block_is_a_note(copy, keys, named):
     _change(copy, **keys)
     with pytest.raises(AssertionError, match=named):
         raise AssertionError(_only(check_hf(copy), blocks=False))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        # ln 40 / 10 = 0.36889: what YaRN stretches cos and sin by on its own.
+        ({"mscale": None}, r"mscale null: vLLM takes that for a number and fails"),
+        ({"attention_factor": 1.3}, "by 1.0000 where training does by 1.3000"),
+        ({"attention_factor": 1.0}, "leave mscale_all_dim out of the attention's scale"),
+        ({"mscale_all_dim": 0.0, "mscale": 0.5}, "by 1.1844 where training does by 1.3689"),
+    ],
+)
+def test_yarn_that_vllm_reads_in_another_way_is_named(copy, keys, named):
+    _change(copy, rope_scaling=YARN | keys)
+    with pytest.raises(ValueError, match=named):
+        refuse_unservable(copy)
+
+
+def test_yarn_that_both_read_alike_gives_no_finding(copy):
+    _change(copy, rope_scaling={k: v for k, v in YARN.items() if not k.startswith("mscale")})
+    assert check_hf(copy) == []
 
 
 def test_sizes_without_kernels_are_noted(tmp_path):
@@ -274,6 +304,16 @@ def test_a_tokenizer_without_the_tags_of_reasoning_is_noted(copy):
     assert "</think> is no token of its own" in "".join(map(str, check_hf(copy)))
 
 
+def test_a_tokenizer_without_the_tokens_of_tool_calls_is_noted(copy):
+    for file in TOKENIZER:
+        content = (copy / file).read_text().replace("<｜tool▁calls▁end｜>", "<｜no▁calls▁end｜>")
+        (copy / file).unlink()
+        (copy / file).write_text(content)
+    [note] = [str(found) for found in check_hf(copy) if "no token of its own" in str(found)]
+    assert "<｜tool▁calls▁end｜>" in note
+    assert note.endswith("serve with --tool-parser none")
+
+
 def test_a_missing_template_is_named(copy):
     _change_template(copy, lambda _: None)
     assert "/v1/chat/completions answers with an error" in _only(check_hf(copy))
@@ -328,10 +368,22 @@ def test_a_generation_config_that_ends_elsewhere_is_named(copy):
     assert "generation_config.json: eos_token_id is 2" in _only(check_hf(copy))
 
 
+@pytest.mark.parametrize("content", ["[]", '"text"', "{"])
+def test_a_generation_config_that_is_none_is_named(copy, content):
+    (copy / "generation_config.json").write_text(content)
+    assert "generation_config.json: " in _only(check_hf(copy))
+
+
 # ---- The directory ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "training_args.bin", "__0_0.distcp", "a.tmp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("optimizer.pt", "training_args.bin", "__0_0.distcp", "a.tmp", "checkpoint-100"),
+        *("iter_0000100", "latest_checkpointed_iteration.txt", "adapter_config.json"),
+    ],
+)
 def test_leftovers_of_training_are_noted(copy, name):
     (copy / name).touch()
     findings = check_hf(copy)
@@ -362,6 +414,17 @@ def test_all_problems_come_in_one_error(copy):
 def test_no_directory_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no such directory; expected an exported model"):
         check_hf(tmp_path / "none")
+
+
+def test_an_export_ends_with_the_check(servable, copy):
+    assert check_export(servable) == [f"{servable}: servable"]
+    _change(copy, topk_method=None, torch_dtype="bfloat16")
+    *found, verdict = check_export(copy)
+    assert [line.split(" is ")[0] for line in found] == [
+        "serving: config.json: topk_method",
+        "serving: config.json: torch_dtype",
+    ]
+    assert verdict == f"{copy}: not servable as it is"
 
 
 def test_a_servable_directory_is_told(servable, capsys):

@@ -121,6 +121,23 @@ def test_nodes_that_do_not_go_together_are_refused(options, message):
 def test_an_address_for_all_is_reached_at_this_machine():
     assert Server(hf_dir=MODEL, host="0.0.0.0", port=1).url == "http://127.0.0.1:1"
     assert Server(hf_dir=MODEL, host="10.0.0.1", port=1).url == "http://10.0.0.1:1"
+    assert Server(hf_dir=MODEL, host="::", port=1).url == "http://[::1]:1"
+    assert Server(hf_dir=MODEL, host="fe80::1", port=1).url == "http://[fe80::1]:1"
+
+
+def test_no_more_positions_are_served_than_the_model_has(tmp_path):
+    def served(**options) -> str:
+        return _flags(Server(hf_dir=tmp_path, **options))["--max-model-len"]
+
+    for positions, expected in ((4096, "4096"), (163840, "32768")):
+        (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+        assert served() == expected
+    assert served(max_model_len=65536) == "65536"
+
+
+def test_names_are_quoted_in_the_curl_line():
+    words = shlex.split(serve.curl("http://h:1", 'my "r1" it\'s', with_key=False))
+    assert json.loads(words[-1])["model"] == 'my "r1" it\'s'
 
 
 def test_a_python_without_vllm_is_refused(tmp_path):
@@ -258,14 +275,16 @@ def test_a_server_is_started_asked_and_ended_with_all_its_children(run, port, tm
     assert not _alive(child), "an engine that the server left behind would keep the GPUs"
 
 
-def test_a_signal_while_the_model_loads_ends_cleanly(run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_model_loads_ends_cleanly(run, tmp_path, number):
     pids = tmp_path / "pids"
     process = run("--fake-load-seconds", "100", "--fake-pids", str(pids))
     _until(process, "vllm.entrypoints")
     while not pids.exists() or not pids.read_text():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(20) == 0
+    assert f"{number.name}: ending the server" in process.stdout.read()
     assert not [pid for pid in map(int, pids.read_text().split()) if _alive(pid)]
 
 
@@ -282,6 +301,17 @@ def test_a_server_that_is_never_ready_is_given_up_and_ended(run, tmp_path):
     assert process.wait(30) == 2
     assert "is not ready after 2 s" in process.stderr.read()
     assert not [pid for pid in map(int, pids.read_text().split()) if _alive(pid)]
+
+
+def test_a_terminal_that_closes_does_not_end_what_nohup_keeps(python, port, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        command = Server(hf_dir=MODEL, python=python, port=port).command()
+        with vllm.running(command, api_key=None) as process:
+            os.kill(os.getpid(), signal.SIGHUP)
+            vllm.wait_until_ready(process, f"http://127.0.0.1:{port}", seconds=20)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_deaf_server_is_killed(python, port, monkeypatch):

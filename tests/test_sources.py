@@ -1,4 +1,5 @@
 import json
+import pickle
 import re
 
 import pytest
@@ -111,6 +112,15 @@ def test_the_rows_before_a_truncation_are_given_first(tmp_path):
     assert next(rows).value == {"messages": 1}
     with pytest.raises(ValueError, match=r":1:25 \(byte 24\): .* at row 2"):
         next(rows)
+
+
+def test_a_deeply_nested_element_can_be_sent_to_a_worker(tmp_path):
+    """Python decodes deeper nesting than it pickles."""
+    value = {"messages": [], "x": json.loads("[" * 700 + "]" * 700)}
+    path = write(tmp_path, json.dumps([value, {"messages": 1}]))
+    [first, second] = pickle.loads(pickle.dumps(list(Source(path).items())))
+    assert next(decode(first)).value == value
+    assert next(decode(second)).value == {"messages": 1}
 
 
 def test_an_array_is_never_held_whole(tmp_path, monkeypatch):

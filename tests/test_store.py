@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -129,6 +130,19 @@ def test_a_store_without_manifest_is_incomplete_and_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"store: the store is incomplete \(no manifest.json\); w"):
         Store(directory)
     assert len(Store(write(directory, SAMPLES[:2]))) == 2
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    samples = [("s:1", [1] * 1000, [[1, 3]])] * 100
+    # A file that may not grow fails as one on a full disk does: at a write, and again at its close.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(tmp_path / "store", samples)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_peoples_files_are_never_replaced(tmp_path):

@@ -150,6 +150,16 @@ def test_r1_reasoning_has_the_published_format(tokenizer, system, question, reas
             "<calls><call>function<sep>g\n```json\n1\n```</call></calls><eos>",
         ),
         (
+            "deepseek_v3_0324",
+            [user("q"), user("r"), assistant("a"), user("s")],
+            "<bos><user>q<assistant><user>r<assistant>a<eos><user>s<assistant>",
+        ),
+        (
+            "deepseek_v3_1",
+            [user("q"), user("r"), assistant("a"), user("s")],
+            "<bos><user>q<user>r<assistant></think>a<eos><user>s",
+        ),
+        (
             "deepseek_r1",
             [
                 user("q"),

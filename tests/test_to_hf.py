@@ -45,7 +45,7 @@ def run_here(direction: Direction, out: Path) -> Path:
     reports = {
         unit.name: direction.write(
             unit.name, out / unit.name, piece_bytes=PIECE_BYTES, on_bytes=lambda _: None
-        )
+        ).report
         for unit in direction.units()
     }
     # As they come back from the journal.

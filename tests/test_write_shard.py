@@ -37,7 +37,7 @@ def export(
     written: dict[str, Tensor] = {}
     errors = []
     for shard in plan_shards(ARCH, precision=precision, shard_bytes=400_000):
-        errors += write_shard(shard, source, directory / shard.file, original=original)
+        errors += write_shard(shard, source, directory / shard.file, original=original).errors
         written |= load_file(directory / shard.file)
     return written, errors
 

@@ -56,6 +56,7 @@ def build_model(
         experts=job.experts,
         memory=job.memory,
         precision=job.precision,
+        kernels=job.kernels,
     )
     chunks = build_chunks(
         arch,

@@ -24,7 +24,7 @@ from megatron_dsv3.convert.safetensors_file import explained
 from megatron_dsv3.convert.sources import HFSource, MegatronSource, Source
 from megatron_dsv3.convert.to_hf import SHARD_BYTES, ToHF, errors_of
 from megatron_dsv3.convert.xtuner import XTunerSource
-from megatron_dsv3.serve.hf_check import check_hf
+from megatron_dsv3.serve.hf_check import check_export
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -217,9 +217,8 @@ def _finished(
     console.print(f"{out}: complete")
     if isinstance(direction, ToHF):
         _show_errors(errors_of(reports), console)
-        # The model is written and stays: what is in the way of serving it is told, not raised.
-        for finding in check_hf(out):
-            console.print(f"serving: {finding}", markup=False, highlight=False, soft_wrap=True)
+        for line in check_export(out):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _bar(console: Console) -> Progress:

@@ -5,6 +5,7 @@ same: pack the store's samples by their lengths, and read the rows that are thei
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_dsv3.data.manifest import Recipe, read_manifest
 from megatron_dsv3.data.own_template import choose_template
 from megatron_dsv3.data.pipeline import SampleOptions
 from megatron_dsv3.data.prepare import PrepareOptions, is_current, prepare
+from megatron_dsv3.data.prepare import Progress as Reading
 from megatron_dsv3.data.sources import find_inputs
 from megatron_dsv3.data.store import Store
 from megatron_dsv3.model.groups import Groups, from_rank_0, raise_together
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 DEFAULT_TEMPLATE = "deepseek_v3"
 _BYTES_FOR_ONE_PROCESS = 8 << 20
 """Of chat files: fewer are prepared before other processes would have started."""
+_SECONDS_BETWEEN_LINES = 60
 Tell = Callable[[str], None]
 
 
@@ -257,13 +260,17 @@ def _prepared(
         on_bad_row=data.on_bad_row,
         replace=True,
     )
-    if is_current(target, paths, tokenizer=tokenizer, options=options):
+    if is_current(target, paths, tokenizer=tokenizer, options=options) and _is_whole(target, tell):
         tell(f"data: {target} is prepared already")
         return target
-    size = sum(file.stat().st_size for file in find_inputs(paths).files)
+    files = find_inputs(paths).files
+    size = sum(file.stat().st_size for file in files)
     if size < _BYTES_FOR_ONE_PROCESS:
         options = replace(options, num_workers=1)
-    report = prepare(paths, target, tokenizer=tokenizer, options=options)
+    tell(f"data: preparing {len(files):,} files of {size / 1e6:,.1f} MB as {target}")
+    report = prepare(
+        paths, target, tokenizer=tokenizer, options=options, on_progress=_now_and_then(tell)
+    )
     samples = report.samples
     tell(
         f"data: {report.rows.read:,} rows into {samples.kept:,} samples, "
@@ -271,3 +278,31 @@ def _prepared(
         f"report in {target / 'report'}"
     )
     return target
+
+
+def _is_whole(target: Path, tell: Tell) -> bool:
+    try:
+        Store(target).check_hashes()
+    except ValueError as error:
+        tell(f"data: prepared anew: {error}")
+        return False
+    return True
+
+
+def _now_and_then(tell: Tell) -> Callable[[Reading], None]:
+    """Tells how far the preparing is; other ranks wait for it, perhaps for hours."""
+    began = told = time.monotonic()
+
+    def on_progress(done: Reading) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < _SECONDS_BETWEEN_LINES or not done.num_read:
+            return
+        told, seconds = now, now - began
+        tell(
+            f"data: {done.num_read / done.size:.0%} read, {done.rows:,} rows, "
+            f"{done.rows / seconds:,.0f} rows/s, "
+            f"{seconds * (done.size / done.num_read - 1):,.0f} s left"
+        )
+
+    return on_progress

@@ -184,14 +184,14 @@ def _of_rank(chosen: Sequence[Sample], job: Job, bridge: Bridge) -> list[tuple[B
 def report_table(report: Report) -> Table:
     """One line a part."""
     table = Table(
-        *("part", "files", "tokens", "left out", "error", "of allowed"),
+        *("part", "files", "tokens", "ties", "error", "of allowed"),
         title=f"Parity with transformers on {report.directory}",
         caption=f"run from the tokens on, the logits differ by {report.logits_error:.1e} of their "
-        "norm; left out: tokens whose experts rounding alone could change",
+        "norm; ties: tokens to which rounding gave other experts",
     )
     for part in report.differences:
         table.add_row(
-            *(part.part, part.files, str(part.compared), str(part.left_out), f"{part.error:.1e}"),
+            *(part.part, part.files, str(part.compared), str(part.ties), f"{part.error:.1e}"),
             f"{part.share:.1%}" if part.ok else f"[red]{part.share:.1%}",
         )
     return table

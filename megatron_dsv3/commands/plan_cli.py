@@ -1,5 +1,6 @@
 """The `plan` commands' arguments; what they do is imported when one runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +8,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from megatron_dsv3.plan.records import Cluster
+    from megatron_dsv3.plan.records import Cluster, StageMemory, Workload
 
 plan = typer.Typer(
     help="What fits, how fast, on how many GPUs; without a GPU.", no_args_is_help=True
@@ -56,7 +57,10 @@ def search(
     imbalance: Annotated[
         float, typer.Option(help="Tokens of the busiest rank's experts, over the mean.", min=1)
     ] = 1.2,
-    top: Annotated[int, typer.Option(help="Layouts to show.", min=1)] = 8,
+    top: Annotated[int, typer.Option(help="Layouts to show.", min=1)] = 6,
+    count: Annotated[
+        bool, typer.Option(help="Count the memory of the best on the whole model's stages.")
+    ] = True,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say where every number is from.")
     ] = False,
@@ -99,7 +103,14 @@ def search(
         data=data,
         out=out,
     )
-    command.run(options, cluster, Console())
+    command.run(options, cluster, Console(), exact=_counted if count else None)
+
+
+def _counted(workload: "Workload") -> Sequence["StageMemory"]:
+    from megatron_dsv3.plan.memory import count_memory
+    from megatron_dsv3.train.optimizer import build_optimizer
+
+    return count_memory(workload, build_optimizer)
 
 
 JobFile = Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)]

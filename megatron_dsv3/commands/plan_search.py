@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -173,7 +174,13 @@ def _show(result: Result, options: Options, console: Console) -> None:
     step = plan.step
     shares = {part: getattr(step, part) / step.total for part in PARTS}
     named = ", ".join(f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.005)
-    tell(console, f"a step of layout 1: {named}")
+    work = plan.workload
+    batch = work.micro_batch_size * work.num_micro_batches * work.parallel.dp_size(work.world_size)
+    tell(
+        console,
+        f"a step of layout 1: {batch} rows in {step.total:.1f} s, micro-batches of "
+        f"{work.micro_batch_size}, {step.tflops:.0f} TFLOP/s a GPU; {named}",
+    )
     for index, other in enumerate(result.found[1:], start=2):
         tell(console, f"{index}: {why_slower(other.plan.step, plan.step)}")
     if missed := result.missed:
@@ -196,17 +203,18 @@ def _show(result: Result, options: Options, console: Console) -> None:
 
 
 def _layout_table(found: Sequence[Found]) -> Table:
-    table = Table("", "layout", "rows", "recompute, states, products")
-    for name in ("s/step", "tok/s/GPU", "MFU", "spare GiB"):
-        table.add_column(name, justify="right")
+    table = Table("", box=SIMPLE, padding=(0, 1))
+    table.add_column("layout", no_wrap=True)
+    table.add_column("recompute, states, products", no_wrap=True)
+    # Tokens a second and GPU; GiB.
+    for name in ("tok/s", "MFU", "spare"):
+        table.add_column(name, justify="right", no_wrap=True)
     for number, one in enumerate(found, start=1):
-        work, step = one.plan.workload, one.plan.step
-        rows = work.micro_batch_size * work.num_micro_batches
-        batch = rows * work.parallel.dp_size(work.world_size)
+        step = one.plan.step
         table.add_row(
-            *(str(number), layout_text(work), f"{work.micro_batch_size} of {batch}"),
+            *(str(number), layout_text(one.plan.workload)),
             f"{one.recompute}, {one.states}, {one.precision}",
-            *(f"{step.total:.1f}", f"{step.tokens_per_second_per_gpu:,.0f}", f"{step.mfu:.1%}"),
+            *(f"{step.tokens_per_second_per_gpu:,.0f}", f"{step.mfu:.1%}"),
             f"{one.plan.spare_gib:.1f}",
         )
     return table
@@ -218,15 +226,14 @@ def layout_text(workload: Workload) -> str:
     sizes = {
         "TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.vpp_size,
         "EP": parallel.ep_size, "ETP": parallel.etp_size, "CP": parallel.cp_size,
-        "DP": parallel.dp_size(workload.world_size),
     }  # fmt: skip
     return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
 
 
 def _memory_table(plan: Plan, *, counted: bool) -> Table:
     how = "counted on the model" if counted else "in closed form"
-    table = Table("stage", title=f"GiB a card, {how}")
-    for name in ("weights", "gradients", "optimizer", "activations", "other", "total"):
+    table = Table("stage", title=f"GiB a card, {how}", box=SIMPLE, padding=(0, 1))
+    for name in ("weights", "grads", "optimizer", "activations", "other", "total"):
         table.add_column(name, justify="right")
     table.add_column("chunks")
     for stage in plan.stages:

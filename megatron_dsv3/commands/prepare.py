@@ -1,7 +1,8 @@
 """`megatron-dsv3 prepare`: from chat files to a store, with a report; or a look into a store."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,11 @@ from megatron_dsv3.data.prepare import PrepareOptions, Progress, prepare
 from megatron_dsv3.data.report import Report
 from megatron_dsv3.data.show import show
 from megatron_dsv3.data.store import REPORT, Store
+from megatron_dsv3.data.templates import Special
 from megatron_dsv3.data.tokens import load_tokenizer
+
+# What was copied from R1's raw output lacks the <think> that its prompt ends with.
+_HINTS = {Special.THINK_END.value: "; is it the end of reasoning whose <think> is missing?"}
 
 
 def run(
@@ -72,14 +77,24 @@ def run(
                 rate=progress.rows / elapsed,
             )
 
-        report = prepare(
-            paths, target, tokenizer=tokenizer, options=options, on_progress=on_progress
-        )
+        with _system_errors(target):
+            report = prepare(
+                paths, target, tokenizer=tokenizer, options=options, on_progress=on_progress
+            )
     console.print(report_table(report))
     for line in _remarks(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     _print_samples(target, tokenizer, console, num_shown)
     console.print(f"wrote {target}, report in {target / REPORT}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _system_errors(target: Path) -> Iterator[None]:
+    """A full disk, a file that may not be read: for a user to mend, so no traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{error.filename or target}: {error.strerror or error}") from error
 
 
 def look(
@@ -148,6 +163,10 @@ def _lines(report: Report) -> list[tuple[str, str]]:
 def _remarks(report: Report) -> list[str]:
     return [
         *(f"not written: {what}: {count:,}" for what, count in report.not_written.items()),
+        *(
+            f"kept as text: {token} in the words of {count:,} samples{_HINTS.get(token, '')}"
+            for token, count in report.spelled.items()
+        ),
         *(f"did not fit: {name}: {length:,} tokens" for name, length in report.samples.longest),
         *(f"skipped: {message}" for message in report.faults.examples),
         *(f"ignored: {path}" for path in report.ignored_files),

@@ -1,5 +1,6 @@
 """`megatron-dsv3 serve`: is a directory servable, a server of it, a request to one that runs."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def smoke(
 def curl(url: str, name: str, *, with_key: bool) -> str:
     """A line for a shell that asks the same server."""
     key = f'-H "Authorization: Bearer ${vllm.API_KEY_VARIABLE}" ' if with_key else ""
-    content = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    content = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
     return (
         f"curl {key}-H 'Content-Type: application/json' {url}/v1/chat/completions "
         f"-d {shlex.quote(content)}"

@@ -29,7 +29,7 @@ from megatron_dsv3.data.fingerprints import tokenizer_fingerprint
 from megatron_dsv3.data.tokens import load_tokenizer
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.groups import Groups, RankError, SharedError, device_of, start, stop
-from megatron_dsv3.serve.hf_check import check_hf
+from megatron_dsv3.serve.hf_check import check_export
 from megatron_dsv3.train.loop import Run, train
 from megatron_dsv3.train.metrics import FileSink, LineSink, Sink, StepRecord
 from megatron_dsv3.train.progress import ProgressSink
@@ -174,9 +174,8 @@ def _train_and_write(
     write_model(bridge, job, inputs.reader, job.output.dir)
     tell(f"wrote {job.output.dir}")
     if groups.rank == 0:
-        # The model is written and stays: what is in the way of serving it is told, not raised.
-        for finding in check_hf(job.output.dir):
-            tell(f"serving: {finding}")
+        for line in check_export(job.output.dir):
+            tell(line)
         tell(_report_drift(drift, job.log_dir / "expert_bias_drift.json"))
 
 

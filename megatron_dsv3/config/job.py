@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import ValidationError, model_validator
 
 from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import place
 from megatron_dsv3.config.section import Section, problem_lines
@@ -43,6 +44,7 @@ class Job(Section):
     spikes: SpikesSection = SpikesSection()
     precision: PrecisionSection = PrecisionSection()
     memory: MemorySection = MemorySection()
+    kernels: KernelsSection = KernelsSection()
     mtp: MtpSection = MtpSection()
     experts: ExpertsSection = ExpertsSection()
     output: OutputSection

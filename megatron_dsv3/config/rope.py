@@ -34,19 +34,31 @@ class Yarn:
     def mcore_mscale(self) -> float:
         """The `mscale` with which Megatron-Core arrives at transformers' attention factor.
 
-        Megatron-Core divides `_get_mscale(mscale)` by `_get_mscale(mscale_all_dim)`; transformers
-        only where both are set, and else takes the `attention_factor` given or `_get_mscale(1)`.
+        Megatron-Core divides `get_mscale(mscale)` by `get_mscale(mscale_all_dim)`; transformers
+        only where both are set, and else takes the `attention_factor` given or `get_mscale(1)`.
         """
         if self.factor <= 1:  # Both sides are 1.0, whatever the mscale.
             return 1.0
-        if self.attention_factor is None and self.mscale and self.mscale_all_dim:
+        if self._has_both_mscales:
+            assert self.mscale is not None
             return self.mscale
-        wanted = self.attention_factor or self._get_mscale(1.0)
-        ratio = wanted * self._get_mscale(self.mscale_all_dim or 0.0)
+        ratio = self.applied_factor * self.get_mscale(self.mscale_all_dim or 0.0)
         return (ratio - 1.0) / (0.1 * math.log(self.factor))
 
-    def _get_mscale(self, mscale: float) -> float:
-        return 0.1 * mscale * math.log(self.factor) + 1.0
+    @property
+    def applied_factor(self) -> float:
+        """What transformers, and the training, multiply cos and sin by."""
+        if self._has_both_mscales:
+            return self.get_mscale(self.mscale or 0.0) / self.get_mscale(self.mscale_all_dim or 0.0)
+        return self.attention_factor or self.get_mscale(1.0)
+
+    @property
+    def _has_both_mscales(self) -> bool:
+        return self.attention_factor is None and bool(self.mscale and self.mscale_all_dim)
+
+    def get_mscale(self, mscale: float) -> float:
+        """The paper's factor of attention, weighted; 1.0 where positions are not stretched."""
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 _ORIGINAL = "original_max_position_embeddings"

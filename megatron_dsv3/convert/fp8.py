@@ -19,8 +19,10 @@ E4M3_MAX = 448.0
 
 _TILE_BLOCKS = 64
 """A tile is 4 MiB of fp32; with 1 MiB the cost of calling torch takes a quarter of the time."""
-_SIGN_EXPONENT_MANTISSA = 0x87F00000 - (1 << 32)
-"""Where `_decode` leaves an e4m3 byte's bits in an int32."""
+_SIGN_EXPONENT_MANTISSA = 0xBF80 - (1 << 16)
+"""Where `_decode` leaves an e4m3 byte's bits in an int16."""
+_BIAS = 2.0**8
+"""The exponent's bias is 15 in fp16 and 7 in e4m3: by this the decoded numbers are too small."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes: what holds a floating-point number's bits."""
 _SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
@@ -53,11 +55,16 @@ def dequantize(
     _check_pair(weight, scale_inv, offset)
     out = _output(weight, dtype, out)
     bits = weight.view(torch.int8)
-    scratch = _scratch(weight, torch.int32)
+    room = _decoding_room(weight)
+    scales = scale_inv * _BIAS
+    overflows = bool((scales.isinf() & scale_inv.isfinite()).any())
     for rows, cols in _tiles(weight, offset):
-        values = _decode(bits[rows, cols], scratch)
+        values = _decode(bits[rows, cols], *room)
+        if overflows:
+            values.mul_(_BIAS)
         for block_row, part in _block_rows(rows, offset[0]):
-            values[part].mul_(_per_column(scale_inv[block_row], cols, offset[1]))
+            factors = scale_inv[block_row] if overflows else scales[block_row]
+            values[part].mul_(_per_column(factors, cols, offset[1]))
         out[rows, cols] = values
     return out
 
@@ -113,7 +120,7 @@ def _quantize(weight: Tensor, *, name: str, out: Tensor | None, measure: bool) -
     integer = _INTEGERS[weight.dtype.itemsize]
     bits, without_sign = weight.view(integer), torch.iinfo(integer).max
     scratch, magnitudes = _scratch(weight, torch.float32), _scratch(weight, integer)
-    decoded = _scratch(weight, torch.int32) if measure else None
+    room = _decoding_room(weight) if measure else None
     squares = norm = 0.0
     for rows, cols in _tiles(weight, (0, 0)):
         values = _fit(scratch, weight[rows, cols]).copy_(weight[rows, cols])
@@ -127,8 +134,8 @@ def _quantize(weight: Tensor, *, name: str, out: Tensor | None, measure: bool) -
             scale_inv[block_row, blocks] = _scales(largest[block_row, blocks])
             values[part].div_(_per_column(scale_inv[block_row], cols, 0))
         out[rows, cols] = values
-        if decoded is not None:
-            values.sub_(_decode(out.view(torch.int8)[rows, cols], decoded))
+        if room is not None:
+            values.sub_(_decode(out.view(torch.int8)[rows, cols], *room), alpha=_BIAS)
             for block_row, part in _block_rows(rows, 0):
                 values[part].mul_(_per_column(scale_inv[block_row], cols, 0))
             squares += _sum_of_squares(values)
@@ -206,17 +213,22 @@ def _refuse_endless(largest: Tensor, name: str) -> None:
     )
 
 
-def _decode(bits: Tensor, scratch: Tensor) -> Tensor:
-    """e4m3 bytes, read as int8 -> the same numbers in fp32, in `scratch`.
+def _decode(bits: Tensor, halves: Tensor, scratch: Tensor) -> Tensor:
+    """e4m3 bytes, read as int8 -> the same numbers divided by `_BIAS`, in fp32, in `scratch`.
 
-    torch casts e4m3 byte by byte, at 3 ns each on a CPU; all of this takes 0.3 ns.
+    torch casts e4m3 byte by byte, at 9 ns each on a CPU; all of this takes 0.5 ns.
+
+    Args:
+        bits: int8, a tile.
+        halves: int16, room for the tile.
+        scratch: float32, room for the tile.
     """
-    # The byte's exponent and mantissa land on the low end of fp32's exponent and the high end of
-    # its mantissa; the mask clears what sign extension left between them and the sign.
-    moved = _fit(scratch, bits).copy_(bits).bitwise_left_shift_(20)
-    values = moved.bitwise_and_(_SIGN_EXPONENT_MANTISSA).view(torch.float32)
-    # The exponent's bias is 127 in fp32, 7 in e4m3. The product is exact, for subnormals too.
-    values.mul_(2.0**120)
+    # The byte's exponent and mantissa land on the low end of fp16's exponent and the high end of
+    # its mantissa; the mask clears what sign extension left between them and the sign. By way of
+    # fp16, as its subnormals are converted at full speed: in fp32, a few of them take most of the
+    # time.
+    moved = _fit(halves, bits).copy_(bits).mul_(1 << 7).bitwise_and_(_SIGN_EXPONENT_MANTISSA)
+    values = _fit(scratch, bits).copy_(moved.view(torch.float16))
     # The NaNs, 0x7F and 0xFF, are the largest byte there is: one read as signed, one as unsigned.
     if bits.amax() == 0x7F or bits.view(torch.uint8).amax() == 0xFF:
         values.masked_fill_(bits.bitwise_and(0x7F) == 0x7F, torch.nan)
@@ -273,6 +285,11 @@ def _scratch(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for any tile, one-dimensional so that a smaller tile in it is contiguous, too."""
     numel = min(_TILE_BLOCKS * BLOCK * BLOCK, matrix.numel())
     return torch.empty(numel, dtype=dtype, device=matrix.device)
+
+
+def _decoding_room(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_decode` needs for any tile."""
+    return _scratch(matrix, torch.int16), _scratch(matrix, torch.float32)
 
 
 def _fit(scratch: Tensor, tile: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dsv3.convert.bridge import Bridge
+from megatron_dsv3.model.router import DeepseekV3Router
 
 EMBEDDING = "embedding"
 NO_DOCUMENT = -1
@@ -36,6 +37,11 @@ def mtp_key(depth: int) -> str:
 def logits_key(depth: int) -> str:
     """Logits; depth 0 is the main prediction."""
     return f"logits {depth}"
+
+
+def choice_key(part: str) -> str:
+    """Which experts the router of a layer, `layer_key` or `mtp_key`, chose."""
+    return f"experts of {part}"
 
 
 @dataclass
@@ -62,14 +68,19 @@ class Capture:
             for layer, module in zip(stage.layers, chunk.decoder.layers, strict=True):
                 if layer == 0:
                     yield module.register_forward_pre_hook(self._keep_input, with_kwargs=True)
-                yield self._watch(module, layer_key(layer))
+                yield from self._watch(module, layer_key(layer))
             for depth in stage.mtp_layers:
-                yield self._watch(chunk.mtp.layers[depth], mtp_key(depth))
+                yield from self._watch(chunk.mtp.layers[depth], mtp_key(depth))
             if stage.has_loss:
                 yield chunk.output_layer.register_forward_hook(self._keep_logits)
 
-    def _watch(self, module: nn.Module, key: str) -> Any:
-        return module.register_forward_hook(lambda _m, _args, output: self._keep(key, output))
+    def _watch(self, module: nn.Module, key: str) -> Iterator[Any]:
+        yield module.register_forward_hook(lambda _m, _args, output: self._keep(key, output))
+        for router in module.modules():
+            if isinstance(router, DeepseekV3Router):
+                yield router.register_forward_hook(
+                    lambda _m, _args, output: self._keep_choice(choice_key(key), output[1])
+                )
 
     def _keep_input(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._keep(EMBEDDING, args[0] if args else kwargs["hidden_states"])
@@ -79,6 +90,10 @@ class Capture:
         depths = 1 + self.bridge.arch.num_mtp_layers
         self._keep(logits_key(self._logits_seen % depths), output)
         self._logits_seen += 1
+
+    def _keep_choice(self, key: str, routing_map: Tensor) -> None:
+        kept = routing_map.detach().to("cpu", torch.uint8)  # gloo sends no bool
+        self.outputs.setdefault(key, []).append(kept)
 
     def _keep(self, key: str, output: Any) -> None:
         tensor: Tensor = output[0] if isinstance(output, tuple) else output

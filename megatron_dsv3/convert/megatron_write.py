@@ -13,7 +13,7 @@ from collections.abc import Buffer, Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.durable import sync, write_synced
+from megatron_dsv3.convert.direct_file import DirectFile
 from megatron_dsv3.convert.hf_index import listed
 from megatron_dsv3.convert.hf_io import copy_tokenizer_files
-from megatron_dsv3.convert.journal import Report
+from megatron_dsv3.convert.journal import Report, Written
 from megatron_dsv3.convert.mapping import Shape, by_hf_name
 from megatron_dsv3.convert.megatron_io import BACKEND, COMMON, CONFIG, DCP_VERSION, INDEX
 from megatron_dsv3.convert.megatron_layout import Box, MegatronLayout, layouts
@@ -39,7 +40,6 @@ from megatron_dsv3.convert.memory import PIECE_BYTES
 from megatron_dsv3.convert.offline import Unit
 from megatron_dsv3.convert.safetensors_file import TensorInfo, explained
 from megatron_dsv3.convert.sources import HFSource, fingerprint
-from megatron_dsv3.convert.write_behind import WriteBehind
 
 FILE_BYTES = 2_000_000_000
 _ALIGNMENT = 64
@@ -176,22 +176,22 @@ class ToMegatron:
 
     def write(
         self, unit: str, path: Path, *, piece_bytes: int, on_bytes: Callable[[int], None]
-    ) -> Report:
+    ) -> Written:
         """Writes one file and reports where its chunks begin and how long they are."""
         assert piece_bytes >= PIECE_BYTES
         places = []
         # Reused for all chunks: page faults in new memory cost more than copying into old.
         memory = bytearray(max(chunk.info.nbytes for chunk in self.plan.files[unit]))
-        with explained(path), path.open("wb") as file, closing(WriteBehind(file)) as behind:
+        with explained(path), closing(DirectFile(path)) as file:
+            end = _End(file)
             for chunk in self.plan.files[unit]:
                 tensor = self._read(chunk, memory)
-                offset = _align(file)
-                _save(tensor.view(chunk.sizes), file)
-                places.append([offset, file.tell() - offset])
-                behind.wrote(chunk.info.nbytes)
+                offset = _align(end)
+                end.save(tensor.view(chunk.sizes))
+                places.append([offset, end.tell() - offset])
                 on_bytes(chunk.info.nbytes + _ARCHIVE_BYTES)
-            behind.finish()
-        return {"places": places}
+            parts = file.finish()
+        return Written(parts, {"places": places})
 
     def _read(self, chunk: PlannedChunk, memory: bytearray) -> Tensor:
         count = chunk.info.nbytes // chunk.info.dtype.itemsize
@@ -213,35 +213,51 @@ class ToMegatron:
             sync(folder)
 
 
-class _Witness:
-    """A file that remembers why it could not be written; torch tells only that it failed."""
+class _End:
+    """The growing end of a file, as `torch.save` writes to it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: DirectFile) -> None:
         self._file = file
-        self.error: OSError | None = None
+        self._position = 0
+        self._error: OSError | None = None
+
+    def save(self, tensor: Tensor) -> None:
+        """Appends an archive.
+
+        Raises:
+            OSError: The reason, of which torch tells only that it failed.
+        """
+        try:
+            torch.save(tensor, self)  # type: ignore[arg-type]  # it needs nothing more
+        except Exception:
+            if self._error is not None:
+                raise self._error from None
+            raise
 
     def write(self, content: Buffer) -> int:
+        count = memoryview(content).nbytes
         try:
-            return self._file.write(content)
+            self._file.write(content, self._position)
         except OSError as error:
-            self.error = error
+            self._error = error
             raise
+        self._position += count
+        return count
+
+    def tell(self) -> int:
+        return self._position
 
     def flush(self) -> None:
         """The file's owner does that."""
 
 
-def _save(tensor: Tensor, file: BinaryIO) -> None:
-    witness = _Witness(file)
-    try:
-        torch.save(tensor, witness)  # type: ignore[arg-type]  # it needs nothing more
-    except Exception:
-        if witness.error is not None:
-            raise witness.error from None
-        raise
+class _Growing(Protocol):
+    def write(self, content: bytes, /) -> int: ...
+
+    def tell(self) -> int: ...
 
 
-def _align(file: BinaryIO) -> int:
+def _align(file: _Growing) -> int:
     file.write(b"\0" * (-file.tell() % _ALIGNMENT))
     return file.tell()
 

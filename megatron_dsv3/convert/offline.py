@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_dsv3.convert.journal import Entry, Journal, Report, hash_file
+from megatron_dsv3.convert.journal import Entry, Journal, Report, Written
 from megatron_dsv3.convert.memory import Budget, resident_bytes
 from megatron_dsv3.convert.workers import run_tasks
 
@@ -43,8 +43,8 @@ class Direction(Protocol):
 
     def write(
         self, unit: str, path: Path, *, piece_bytes: int, on_bytes: Callable[[int], None]
-    ) -> Report:
-        """Writes and syncs one file, the same bytes each time.
+    ) -> Written:
+        """Writes and syncs one file, the same bytes in the same parts each time.
 
         Args:
             unit: Name of a unit.
@@ -118,10 +118,11 @@ class _UnitWork:
         final = self.journal.staging / task
         path = self.journal.draft(task)
         try:
-            report = self.direction.write(
+            written = self.direction.write(
                 task, path, piece_bytes=self.piece_bytes, on_bytes=on_bytes
             )
-            entry = Entry(path.stat().st_size, hash_file(path), report)
+            entry = Entry.of(written)
+            assert _has_size(path, entry.size)
             path.replace(final)
         finally:
             path.unlink(missing_ok=True)

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_dsv3.convert.direct_file import DirectFile, Part
 from megatron_dsv3.convert.mapping import Shape
-from megatron_dsv3.convert.write_behind import WriteBehind
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
@@ -101,12 +101,13 @@ class SafetensorsWriter:
         self.path = path
         self._layout = dict(layout)
         self._missing = {name: info.nbytes for name, info in layout.items()}
+        self.parts: list[Part] = []
+        """What the file consists of, once it is finished."""
         header, self._starts = _header(layout)
+        size = len(header) + sum(info.nbytes for info in layout.values())
         with explained(self.path):
-            self._file = path.open("wb")
-            self._behind = WriteBehind(self._file)
-            self._file.write(header)
-            self._file.truncate(len(header) + sum(info.nbytes for info in layout.values()))
+            self._file = DirectFile(path, size)
+            self._file.write(header, 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor, from any device."""
@@ -127,9 +128,7 @@ class SafetensorsWriter:
             )
         octets = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         with explained(self.path):
-            self._file.seek(self._starts[name] + info.nbytes - missing)
-            self._file.write(octets.numpy().data)
-            self._behind.wrote(rows.nbytes)
+            self._file.write(octets.numpy().data, self._starts[name] + info.nbytes - missing)
         self._missing[name] -= rows.nbytes
 
     def _check_known(self, name: str) -> None:
@@ -146,9 +145,9 @@ class SafetensorsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with explained(self.path), self._file, closing(self._behind):
+        with explained(self.path), closing(self._file):
             if error is None:
-                self._behind.finish()
+                self.parts = self._file.finish()
         if error is None and (rest := sorted(n for n, left in self._missing.items() if left)):
             raise ValueError(f"{self.path}: never written: {', '.join(rest)}")
 

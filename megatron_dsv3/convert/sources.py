@@ -180,4 +180,4 @@ def fingerprint(place: Path) -> str:
     files = [place] if place.is_file() else sorted(f for kind in kinds for f in place.glob(kind))
     # Two fine-tuned copies of a model have the same names and sizes: only times tell them apart.
     marks = [(f.name, (stat := f.stat()).st_size, int(stat.st_mtime)) for f in files]
-    return xxhash.xxh3_128_hexdigest(json.dumps(marks))
+    return xxhash.xxh3_128_hexdigest(json.dumps(marks).encode())

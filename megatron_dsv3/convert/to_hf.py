@@ -21,7 +21,7 @@ from megatron_dsv3.convert.hf_io import (
     write_json,
 )
 from megatron_dsv3.convert.hf_plan import Precision, ShardPlan, plan_shards
-from megatron_dsv3.convert.journal import Report
+from megatron_dsv3.convert.journal import Report, Written
 from megatron_dsv3.convert.offline import Unit
 from megatron_dsv3.convert.safetensors_file import explained
 from megatron_dsv3.convert.sources import Source, fingerprint
@@ -114,10 +114,10 @@ class ToHF:
 
     def write(
         self, unit: str, path: Path, *, piece_bytes: int, on_bytes: Callable[[int], None]
-    ) -> Report:
+    ) -> Written:
         """Writes one shard and reports its errors."""
         (shard,) = [shard for shard in self.shards if shard.file == unit]
-        errors = write_shard(
+        written = write_shard(
             shard,
             self.source,
             path,
@@ -125,7 +125,7 @@ class ToHF:
             piece_bytes=piece_bytes,
             on_bytes=on_bytes,
         )
-        return {"errors": to_rows(errors)}
+        return Written(written.parts, {"errors": to_rows(written.errors)})
 
     def finish(self, folder: Path, reports: Mapping[str, Report]) -> None:
         """Writes index, config.json, the report of errors, and what comes from the template."""

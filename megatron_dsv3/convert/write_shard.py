@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_dsv3.convert.direct_file import Part
 from megatron_dsv3.convert.error_report import Error, TensorError
 from megatron_dsv3.convert.fp8 import (
     BLOCK,
@@ -29,6 +30,16 @@ _ELEMENTS = 1 << 21
 """Of a tensor at a time: more gains nothing, and a process needs about 20 bytes for each."""
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenShard:
+    """A finished file."""
+
+    parts: Sequence[Part]
+    """All its bytes, in order."""
+    errors: Sequence[TensorError]
+    """Of each tensor."""
+
+
 def write_shard(
     shard: ShardPlan,
     source: Source,
@@ -37,7 +48,7 @@ def write_shard(
     original: HFReader | None = None,
     piece_bytes: int = PIECE_BYTES,
     on_bytes: Callable[[int], None] = lambda _: None,
-) -> list[TensorError]:
+) -> WrittenShard:
     """Writes and syncs a shard.
 
     Args:
@@ -47,16 +58,12 @@ def write_shard(
         original: An FP8 checkpoint whose bytes are kept where they stand for the same numbers.
         piece_bytes: Most that is held of a tensor in fp32, if 128 rows of it are not more.
         on_bytes: Told the bytes of each piece that was written.
-
-    Returns:
-        The error of each tensor.
     """
     elements = min(_ELEMENTS, piece_bytes // 4)
     with SafetensorsWriter(path, shard.layout) as writer:
-        return [
-            _write_tensor(tensor, source, _Target(writer, original, on_bytes), elements)
-            for tensor in shard.tensors
-        ]
+        target = _Target(writer, original, on_bytes)
+        errors = [_write_tensor(tensor, source, target, elements) for tensor in shard.tensors]
+    return WrittenShard(writer.parts, errors)
 
 
 def check_original(original: HFReader, shards: Sequence[ShardPlan]) -> None:

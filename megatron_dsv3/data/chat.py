@@ -34,7 +34,7 @@ class Dropped:
 
     turn: int
     part: str
-    """`reasoning` or `content`."""
+    """`reasoning`, `content` or `name`."""
     reason: str
     counted: bool
     """Whether the turn counts for the loss, so that something to learn was lost."""
@@ -55,9 +55,10 @@ def render(
     history_reasoning: HistoryReasoning = "strip",
 ) -> Rendered:
     """The spans of a conversation. `strip` leaves only the last assistant turn's reasoning."""
-    dropped: list[Dropped] = []
+    dropped = unwritten_names(conversation)
     if history_reasoning == "strip":
-        conversation, dropped = strip_history(conversation)
+        conversation, stripped = strip_history(conversation)
+        dropped += stripped
     system = "\n\n".join(turn.content for turn in conversation if turn.role == "system")
     writer = _Writer(template, dropped)
     writer.write((Special.BOS, "{content}"), counted=False, content=system)
@@ -65,6 +66,12 @@ def render(
         if turn.role != "system":
             writer.write_turn(i, turn)
     return writer.finish()
+
+
+def unwritten_names(conversation: Conversation) -> list[Dropped]:
+    """Who speaks, beyond the role, is in no template."""
+    named = (i for i, turn in enumerate(conversation) if turn.name)
+    return [Dropped(i, "name", "the template writes roles alone", counted=False) for i in named]
 
 
 def strip_history(conversation: Conversation) -> tuple[Conversation, list[Dropped]]:
@@ -75,7 +82,10 @@ def strip_history(conversation: Conversation) -> tuple[Conversation, list[Droppe
         for i, turn in enumerate(conversation[:last])
         if turn.reasoning is not None
     ]
-    history = (replace(turn, reasoning=None) for turn in conversation[:last])
+    history = (
+        turn if turn.reasoning is None else replace(turn, reasoning=None)
+        for turn in conversation[:last]
+    )
     return (*history, *conversation[last:]), dropped
 
 
@@ -109,6 +119,8 @@ class _Writer:
     def write_turn(self, i: int, turn: Message) -> None:
         if turn.role == "user":
             self.write((Special.USER, "{content}"), counted=False, content=turn.content)
+            if self.template.prompt_follows_user:
+                self.write(self.template.prompt, counted=False)
             self.in_outputs = False
         elif turn.role == "tool":
             self._write_output(turn)
@@ -132,7 +144,7 @@ class _Writer:
     def _write_assistant(self, i: int, turn: Message) -> None:
         template = self.template
         if template.every_round:
-            prompted = self.previous == "user"
+            prompted = self.previous == "user" and not template.prompt_follows_user
             closes_outputs = self.in_outputs
             self.outputs_opened &= not turn.tool_calls
         else:

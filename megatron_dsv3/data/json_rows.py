@@ -10,13 +10,12 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn
 
 from megatron_dsv3.data.rows import (
     MAX_ROW_BYTES,
     Fault,
     Line,
-    Row,
     RowError,
     not_utf8,
     unreadable,
@@ -48,8 +47,8 @@ def lines(file: BinaryIO, path: str, start: int) -> Iterator[Line | Fault]:
         start += len(line)
 
 
-def array_rows(file: BinaryIO, path: str, start: int) -> Iterator[Row]:
-    """The elements of a JSON array; `start`: the file's position, in bytes.
+def array_rows(file: BinaryIO, path: str, start: int) -> Iterator[Line]:
+    """The elements of a JSON array as text; `start`: the file's position, in bytes.
 
     Raises:
         RowError: Where the text stops being one; everything before has been given.
@@ -134,22 +133,26 @@ class _Cursor:
             self.fail(self.position, f"expected ',' or ']' after row {row}, got {found!r}")
         self.position += 1
 
-    def row(self, number: int) -> Row:
-        """The element that begins here, which is moved past."""
+    def row(self, number: int) -> Line:
+        """The element that begins here, which is moved past.
+
+        As text, not as it was decoded to find its end: that is less to send to a worker, and what
+        is nested deeply can be decoded, but not pickled.
+        """
         self.peek(number)
         # Bytes are counted on from here: from the chunk's start it would be as often as there are
         # rows in the chunk.
         self._move_mark()
         byte = self.byte
-        value = self._decode(number)
-        return Row(self.path, number, value, byte, self.position - self.mark)
+        self._skip_value(number)
+        return Line(self.path, number, byte, self.text[self.mark : self.position].encode())
 
-    def _decode(self, number: int) -> Any:
+    def _skip_value(self, number: int) -> None:
         while True:
             try:
                 # A number cut by the chunk's end would pass for a shorter one, but is no row.
-                value, self.position = self._json.raw_decode(self.text, self.position)
-                return value
+                _, self.position = self._json.raw_decode(self.text, self.position)
+                return
             except json.JSONDecodeError as error:
                 self._check_unfinished(error, number)
             except (RecursionError, ValueError) as error:

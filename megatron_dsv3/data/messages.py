@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_dsv3.data.rows import kind_of
+from megatron_dsv3.data.rows import kind_of, names_of, shown
 
 _SHARED_KEYS = ("role", "content", "name", "loss")
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -47,6 +47,8 @@ class Message:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     loss: bool = False
+    name: str = ""
+    """Of who speaks; no template writes it."""
 
 
 Conversation = tuple[Message, ...]
@@ -63,7 +65,7 @@ def parse_conversation(messages: object, *, key: str = "messages") -> Conversati
         raise ValueError(f"{key}: empty conversation; expected at least one assistant turn")
     conversation = tuple(_parse_message(m, f"{key}[{i}]") for i, m in enumerate(messages))
     if not any(message.role == "assistant" for message in conversation):
-        roles = ", ".join(message.role for message in conversation)
+        roles = names_of(message.role for message in conversation)
         raise ValueError(f"{key}: no assistant turn to learn from, got only {roles}")
     return conversation
 
@@ -84,16 +86,19 @@ def _parse_message(message: object, where: str) -> Message:
         )
     role = message.get("role")
     if not isinstance(role, str) or role not in _KEYS:
-        raise ValueError(f"{where}.role: expected one of {', '.join(_KEYS)}, got {role!r}")
+        raise ValueError(f"{where}.role: expected one of {', '.join(_KEYS)}, got {shown(role)}")
     _check_keys(message, role, where)
     loss = _parse_loss(message.get("loss"), role, where)
+    # A tool's is that of the function, which the call says.
+    given = message.get("name") if role != "tool" else None
+    name = _parse_text(given or "", f"{where}.name")
     if role != "assistant":
         content = _parse_content(message.get("content"), f"{where}.content")
-        return Message("system" if role == "developer" else role, content, loss=loss)
-    return _parse_assistant(message, where, loss=loss)
+        return Message("system" if role == "developer" else role, content, loss=loss, name=name)
+    return _parse_assistant(message, where, loss=loss, name=name)
 
 
-def _parse_assistant(message: Mapping[str, Any], where: str, *, loss: bool) -> Message:
+def _parse_assistant(message: Mapping[str, Any], where: str, *, loss: bool, name: str) -> Message:
     tool_calls = _parse_tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
     content = message.get("content")
     # OpenAI's API leaves the content null where the turn is only calls.
@@ -110,7 +115,7 @@ def _parse_assistant(message: Mapping[str, Any], where: str, *, loss: bool) -> M
                 f"{where}: both reasoning_content and a leading <think> in content; keep one"
             )
         reasoning, text = match.groups()
-    return Message("assistant", text, reasoning, tool_calls, loss)
+    return Message("assistant", text, reasoning, tool_calls, loss, name)
 
 
 def _check_keys(message: Mapping[str, Any], role: str, where: str) -> None:
@@ -120,15 +125,15 @@ def _check_keys(message: Mapping[str, Any], role: str, where: str) -> None:
     ]
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), _KEYS[role], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_KEYS[role])}"
-        raise ValueError(f"{where}: unknown key {unknown[0]!r} in a turn of {role}; {hint}")
+        hint = f"did you mean {shown(near[0])}?" if near else f"expected {', '.join(_KEYS[role])}"
+        raise ValueError(f"{where}: unknown key {shown(unknown[0])} in a turn of {role}; {hint}")
 
 
 def _parse_loss(loss: object, role: str, where: str) -> bool:
     if loss is None:
         return role == "assistant"
     if not isinstance(loss, bool):
-        raise ValueError(f"{where}.loss: expected true or false, got {loss!r}")
+        raise ValueError(f"{where}.loss: expected true or false, got {shown(loss)}")
     if loss and role != "assistant":
         raise ValueError(f"{where}.loss: only assistant turns are learned, got true for {role}")
     return loss
@@ -141,7 +146,7 @@ def _parse_content(content: object, where: str) -> str:
     for i, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
-            raise ValueError(f"{where}[{i}]: expected a part of type 'text', got {kind!r}")
+            raise ValueError(f"{where}[{i}]: expected a part of type 'text', got {shown(kind)}")
         texts.append(_parse_text(part.get("text"), f"{where}[{i}].text"))
     # As vLLM joins the parts of a request, so that training sees what serving will.
     return "\n".join(texts)
@@ -174,7 +179,7 @@ def _parse_tool_call(call: object, where: str) -> ToolCall:
         raise ValueError(f"{where}: expected an object with 'function', got {kind_of(call)}")
     function = call.get("function")
     if not isinstance(function, Mapping):
-        keys = ", ".join(map(str, call)) or "none"
+        keys = names_of(call)
         raise ValueError(f"{where}: expected an object with 'function', got the keys {keys}")
     arguments = function.get("arguments")
     if isinstance(arguments, Mapping):

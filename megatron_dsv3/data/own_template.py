@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from megatron_dsv3.data.chat import Dropped, HistoryReasoning, Rendered, Span, strip_history
+from megatron_dsv3.data.chat import (
+    Dropped,
+    HistoryReasoning,
+    Rendered,
+    Span,
+    strip_history,
+    unwritten_names,
+)
 from megatron_dsv3.data.messages import Conversation, Message
 from megatron_dsv3.data.templates import ChatTemplate, find_template
 
@@ -68,9 +75,10 @@ class OwnTemplate:
         Raises:
             ValueError: The template refuses it, or writes a turn otherwise than serving would.
         """
-        dropped: list[Dropped] = []
+        dropped = unwritten_names(conversation)
         if history_reasoning == "strip":
-            conversation, dropped = strip_history(conversation)
+            conversation, stripped = strip_history(conversation)
+            dropped += stripped
         guards = _Guards.of(self._tokens, conversation)
         messages = [_as_dict(turn, guards) for turn in conversation]
         whole = self._write(messages)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_dsv3.data import compressed
-from megatron_dsv3.data.rows import MAX_ROW_BYTES, RowError, Table
+from megatron_dsv3.data.rows import MAX_ROW_BYTES, RowError, Table, names_of
 from megatron_dsv3.data.schemas import ROW_KEYS, SCHEMAS
 
 MAGIC = b"PAR1"
@@ -62,7 +62,7 @@ def _read(path: Path, file: Any) -> Iterator[Table]:
     size = max(1, path.stat().st_size)
     columns = [name for name in file.schema_arrow.names if name in ROW_KEYS]
     if not any(name in SCHEMAS for name in columns):
-        found = ", ".join(file.schema_arrow.names) or "none"
+        found = names_of(file.schema_arrow.names)
         expected = " or ".join(SCHEMAS)
         raise RowError("unknown schema", f"{path}: expected a column {expected}, got {found}")
     number, total = 1, 0

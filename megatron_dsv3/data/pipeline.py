@@ -6,7 +6,7 @@ This is what a worker does; it holds for one block of items and knows nothing of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,9 @@ from megatron_dsv3.data.rows import Fault, Item, Row, RowError, decode
 from megatron_dsv3.data.schemas import read_chat
 from megatron_dsv3.data.store import Spans, Tokens, spans_of
 from megatron_dsv3.data.templates import ChatTemplate
-from megatron_dsv3.data.tokens import Encoded, Vocabulary, tokenize
+from megatron_dsv3.data.tokens import Encoded, Text, Vocabulary, tokenize
+
+_CHARACTERS_AT_A_TIME = 1 << 21
 
 TooLong = Literal["drop", "truncate", "error"]
 History = Literal["strip", "keep", "expand"]
@@ -83,6 +85,8 @@ class Block:
     """Id and tokens of the samples that did not fit."""
     not_written: Counter[str] = field(default_factory=Counter)
     """Turns with something that the template doesn't write, by what and why."""
+    spelled: Counter[str] = field(default_factory=Counter)
+    """Samples whose own words spell a special token, by that token."""
 
 
 TOO_LONG = "longer than the sequence length"
@@ -101,12 +105,13 @@ class Pipeline:
     def run(self, items: Sequence[Item]) -> Block:
         """The samples of some items; a fault keeps no other row from being read."""
         block = Block()
-        named = list(self._rendered(items, block))
-        encoded = tokenize([rendered for _, _, rendered in named], self.vocabulary)
         kept = set()
-        for (row, name, _), one in zip(named, encoded, strict=True):
-            if self._add(name, one, block):
-                kept.add(row)
+        texts: dict[str, Text] = {}
+        for named in _some_at_a_time(self._rendered(items, block)):
+            encoded = tokenize([rendered for _, _, rendered in named], self.vocabulary, texts)
+            for (row, name, _), one in zip(named, encoded, strict=True):
+                if self._add(name, one, block):
+                    kept.add(row)
         block.num_kept = len(kept)
         return block
 
@@ -147,6 +152,7 @@ class Pipeline:
         for part in encoded.dropped:
             learned = "counted" if part.counted else "not counted"
             block.not_written[f"{part.part} ({learned}): {part.reason}"] += 1
+        block.spelled.update(encoded.spelled)
         limit, num_tokens = self.options.seq_length, len(encoded.tokens)
         if num_tokens <= limit:
             kept = _keep(name, encoded, limit, block)
@@ -170,6 +176,20 @@ class Pipeline:
             block.dropped[NO_COUNTED_LEFT if truncate else TOO_LONG] += 1
             block.lost_tokens += num_tokens
         return False
+
+
+def _some_at_a_time[T: tuple[int, str, Rendered]](named: Iterable[T]) -> Iterator[list[T]]:
+    """Enough for the tokenizer's threads; the many samples of an expanded row are not held all."""
+    some: list[T] = []
+    num_characters = 0
+    for one in named:
+        some.append(one)
+        num_characters += sum(len(s.piece) for s in one[2].spans if isinstance(s.piece, str))
+        if num_characters >= _CHARACTERS_AT_A_TIME:
+            yield some
+            some, num_characters = [], 0
+    if some:
+        yield some
 
 
 def _check_counted(conversation: Conversation) -> None:

@@ -10,6 +10,7 @@ store with any number of workers. The store appears under its name only when it 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def prepare(
         account.check()
         report = account.finish(
             files=reader.files(),
-            ignored=[str(path) for path in inputs.ignored],
+            ignored=[os.fsencode(p).decode(errors="backslashreplace") for p in inputs.ignored],
             seconds=time.monotonic() - began,
             seed=options.seed,
         )

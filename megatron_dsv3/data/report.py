@@ -129,6 +129,8 @@ class Report:
     """Tokens of a sample's reasoning and of what follows it, where it has reasoning."""
     not_written: Mapping[str, int]
     """Turns with something that the template doesn't write, by what and why."""
+    spelled: Mapping[str, int]
+    """Samples whose own words spell a special token, by that token; it stays text there."""
     files: tuple[FileAccount, ...]
     ignored_files: tuple[str, ...]
     seconds: float
@@ -146,6 +148,7 @@ class Account:
         self.faults: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.not_written: Counter[str] = Counter()
+        self.spelled: Counter[str] = Counter()
         self.examples: list[str] = []
         self.longest: list[tuple[str, int]] = []
         self.lengths = array("i")
@@ -162,6 +165,7 @@ class Account:
         self.schemas += block.schemas
         self.dropped += block.dropped
         self.not_written += block.not_written
+        self.spelled += block.spelled
         self._add_faults(block)
         self._add_samples(block.samples)
         self.too_long.add([length for _, length in block.too_long])
@@ -240,6 +244,7 @@ class Account:
             counted_share=self.counted_share.histogram(),
             reasoning_answer=self.reasoning_answer.histogram2(),
             not_written=dict(self.not_written),
+            spelled=dict(self.spelled),
             files=tuple(files),
             ignored_files=tuple(ignored),
             seconds=round(seconds, 3),

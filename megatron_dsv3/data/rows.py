@@ -1,18 +1,20 @@
 """Rows of input files as records, and what is wrong with those that are none.
 
-A file yields items in order: lines (JSON not read yet), rows, blocks of a table, faults. `decode`
-turns an item into rows and faults; it costs time, so workers do it.
+A file yields items in order: lines (JSON not read yet), blocks of a table, faults. `decode` turns
+an item into rows and faults; it costs time, so workers do it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 MAX_ROW_BYTES = 1 << 24
 """A longer row is a fault: it is rather a file of another kind than a conversation."""
+
+_MOST_NAMES, _LONGEST_NAME = 8, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,6 @@ class Row:
     value: object
     byte: int | None = None
     """Where it begins in the (decompressed) file; None in a table."""
-    num_bytes: int = 0
-    """About its size in memory."""
 
     @property
     def source(self) -> str:
@@ -61,7 +61,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of JSONL as bytes, its break included."""
+    """A line of JSONL as bytes, its break included; or an element of an array."""
 
     path: str
     number: int
@@ -91,12 +91,12 @@ class Table:
         return len(self.content)
 
 
-Item = Line | Row | Table | Fault
+Item = Line | Table | Fault
 
 
 def decode(item: Item) -> Iterator[Row | Fault]:
     """The rows of an item, or what is wrong with them."""
-    if isinstance(item, Row | Fault):
+    if isinstance(item, Fault):
         yield item
     elif isinstance(item, Table):
         yield from _table_rows(item)
@@ -110,8 +110,16 @@ def _table_rows(table: Table) -> Iterator[Row]:
 
     with pa.ipc.open_stream(table.content) as stream:
         values = stream.read_all().to_pylist()
-    for number, value in enumerate(values, start=table.number):
+    for number, row in enumerate(values, start=table.number):
+        value = {name: _without_nulls(column) for name, column in row.items()}
         yield Row(table.path, number, value)
+
+
+def _without_nulls(value: object) -> object:
+    """A table gives every object the keys of all: arguments of a call have those of other tools."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _decode_line(line: Line) -> Row | Fault:
@@ -120,7 +128,7 @@ def _decode_line(line: Line) -> Row | Fault:
     try:
         # Without its line break, so that the place of an error lies in this line.
         text = line.content.decode().rstrip("\r\n")
-        return Row(line.path, line.number, json.loads(text), line.byte, len(text))
+        return Row(line.path, line.number, json.loads(text), line.byte)
     except UnicodeDecodeError as error:
         return Fault("not UTF-8", f"{where}: {not_utf8(line.byte + error.start, error)}")
     except json.JSONDecodeError as error:
@@ -149,3 +157,20 @@ def kind_of(value: Any) -> str:
     """What JSON calls the type of a value, for messages."""
     names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def names_of(keys: Iterable[object]) -> str:
+    """Names that a file gave, for messages: some of them, none long, nothing a terminal obeys."""
+    names = [str(key) for key in keys]
+    shown = [name[:_LONGEST_NAME] for name in names[:_MOST_NAMES]]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return (", ".join(n if n.isprintable() else ascii(n) for n in shown) or "none") + more
+
+
+def shown(value: object) -> str:
+    """A value that a file gave, for messages."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return kind_of(value)
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."

@@ -1,7 +1,7 @@
 """Rows to conversations: OpenAI's `messages`, or ShareGPT's `conversations`, told by their key.
 
-ShareGPT names roles by `from` and holds text in `value`; a system prompt may stand beside the
-turns, and a `function_call` is a turn of its own whose value is JSON. It is rewritten as
+A system prompt may stand beside the turns of either. ShareGPT names roles by `from` and holds text
+in `value`, and a `function_call` is a turn of its own whose value is JSON. It is rewritten as
 `messages`, so that there is one place where a conversation is checked.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_dsv3.data.messages import Conversation, Message, parse_conversation
-from megatron_dsv3.data.rows import RowError, kind_of
+from megatron_dsv3.data.rows import RowError, kind_of, names_of, shown
 
 SCHEMAS = ("messages", "conversations")
 ROW_KEYS = (*SCHEMAS, "system", "tools")
@@ -49,10 +49,8 @@ def read_chat(value: object) -> Chat:
     schema = _schema(value)
     try:
         _check_tools(value)
-        if schema == "messages":
-            return Chat(schema, parse_conversation(value[schema]))
-        conversation = parse_conversation(_as_messages(value[schema]), key=schema)
-        return Chat(schema, (*_system(value), *conversation))
+        turns = value[schema] if schema == "messages" else _as_messages(value[schema])
+        return Chat(schema, (*_system(value), *parse_conversation(turns, key=schema)))
     except ValueError as error:
         raise RowError("bad conversation", str(error)) from None
 
@@ -67,9 +65,9 @@ def _schema(value: Mapping[str, Any]) -> str:
     named = [key for key in SCHEMAS if key in value]
     if named:
         return named[0]
-    keys = ", ".join(map(str, value)) or "none"
     expected = " or ".join(SCHEMAS)
-    raise RowError("unknown schema", f"expected an object with the key {expected}, got {keys}")
+    problem = f"expected an object with the key {expected}, got {names_of(value)}"
+    raise RowError("unknown schema", problem)
 
 
 def _check_tools(value: Mapping[str, Any]) -> None:
@@ -99,7 +97,7 @@ def _as_message(turn: object, where: str) -> object:
         raise ValueError(f"{where}: expected an object with from and value, got {kind_of(turn)}")
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise ValueError(f"{where}.from: expected one of {', '.join(_ROLES)}, got {speaker!r}")
+        raise ValueError(f"{where}.from: expected one of {', '.join(_ROLES)}, got {shown(speaker)}")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if wrong := [key for key in ("role", "content") if rest.get(key) is not None]:
         raise ValueError(f"{where}: {wrong[0]} beside from and value; expected one way of writing")
@@ -116,9 +114,9 @@ def _as_calls(value: object, where: str) -> list[object]:
     try:
         read = json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{problem}, got {value[:60]!r} ({error})") from None
+        raise ValueError(f"{problem}, got {shown(value)} ({error})") from None
     calls = read if isinstance(read, list) else [read]
     for call in calls:
         if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
-            raise ValueError(f"{problem}, got {value[:60]!r}")
+            raise ValueError(f"{problem}, got {shown(value)}")
     return [{"function": {key: call[key] for key in ("name", "arguments")}} for call in calls]

@@ -9,15 +9,20 @@ from __future__ import annotations
 import codecs
 import glob
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dsv3.data import compressed, json_rows, parquet_rows
+from megatron_dsv3.data.manifest import STORE_FILES
 from megatron_dsv3.data.rows import Fault, Item, RowError, Table
 
 _KINDS = (".json", ".jsonl", ".ndjson")
 _SUFFIXES = (*_KINDS, *(kind + packed for kind in _KINDS for packed in (".gz", ".zst")), ".parquet")
+
+# In every store, finished or not.
+_STORE = [name for name in STORE_FILES if name.endswith(".bin")]
 
 # Looked at for the first character; decompressors give no more at once.
 _MOST_BLANK_BYTES = 1 << 16
@@ -29,7 +34,8 @@ class Inputs:
 
     files: tuple[Path, ...]
     ignored: tuple[Path, ...]
-    """Files of the directories named, whose names are not those of data."""
+    """In the directories named: files whose names are not those of data, hidden ones that are, and
+    stores."""
 
 
 def find_inputs(paths: Sequence[Path | str]) -> Inputs:
@@ -41,33 +47,81 @@ def find_inputs(paths: Sequence[Path | str]) -> Inputs:
     files: list[Path] = []
     ignored: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            files += _matches(path)
-            continue
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
-        found = [p for p in inside if p.name.lower().endswith(_SUFFIXES)]
-        if not found:
-            expected = ", ".join(_SUFFIXES)
-            raise ValueError(f"{path}: no data files in it; expected names ending in {expected}")
-        files += found
-        ignored += [p for p in inside if p not in set(found)]
+        if path.is_dir():
+            inside = _search(path)
+            if not inside.files:
+                expected = ", ".join(_SUFFIXES)
+                raise ValueError(
+                    f"{path}: no data files in it; expected names ending in {expected}"
+                )
+        else:
+            inside = _matches(path)
+        files += inside.files
+        ignored += inside.ignored
+    _check_names(files)
     _check_unique(files)
     return Inputs(tuple(files), tuple(ignored))
 
 
-def _matches(path: Path) -> list[Path]:
+def _matches(path: Path) -> Inputs:
     if path.exists():
-        return [path]
+        return Inputs((path,), ())
     if not glob.has_magic(str(path)):
         raise FileNotFoundError(f"{path}: no such file")
-    found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if not any(p.is_file() for p in found):
+    found = [
+        _search(p) if p.is_dir() else Inputs((p,), ())
+        for p in sorted(map(Path, glob.glob(str(path), recursive=True)))
+    ]
+    # `**` matches directories and what is in them.
+    files = dict.fromkeys(p for inputs in found for p in inputs.files)
+    if not files:
         raise FileNotFoundError(f"{path}: no file matches this pattern")
-    return [p for p in found if p.is_file()]
+    ignored = dict.fromkeys(p for inputs in found for p in inputs.ignored if p not in files)
+    return Inputs(tuple(files), tuple(ignored))
+
+
+def _search(root: Path) -> Inputs:
+    """The data files under a directory, and what else one might have meant by it.
+
+    Links are followed. Stores are left out: their manifests and reports are JSON, too.
+    """
+    files: list[Path] = []
+    ignored: list[Path] = []
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        folders.sort()
+        real = os.path.realpath(folder)
+        if real in seen or {*_STORE} <= {*names}:
+            ignored += [] if real in seen else [Path(folder)]
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(folder, name) for name in names):
+            is_data = path.name.lower().endswith(_SUFFIXES)
+            if _is_hidden(path, root):
+                ignored += [path] if is_data else []
+            else:
+                (files if is_data else ignored).append(path)
+    if missing := [path for path in files if not path.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: no file, or a link to nothing")
+    return Inputs(tuple(sorted(files)), tuple(sorted(ignored)))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+
+
+def _check_names(files: Iterable[Path]) -> None:
+    """Names go into the store and its report, which are UTF-8."""
+    for path in files:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{str(path)!a}: the name is not UTF-8; rename it") from None
 
 
 def _check_unique(files: Iterable[Path]) -> None:

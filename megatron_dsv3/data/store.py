@@ -12,6 +12,7 @@ It is written beside its final name and renamed; the manifest is written last. S
 without a manifest is incomplete, whatever stopped its writer, and the next writer replaces it.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -243,7 +244,9 @@ class StoreWriter:
         if self._lock.closed:
             return
         for part in self._parts.values():
-            part.file.close()
+            # On a full disk what is buffered cannot be written either; it is removed anyway.
+            with contextlib.suppress(OSError):
+                part.file.close()
         shutil.rmtree(self._unfinished)
         self._lock.close()
 
@@ -257,6 +260,10 @@ def _is_ascending(bounds: Spans, num_tokens: int) -> bool:
 
 
 def _check_target(directory: Path, *, replace: bool) -> None:
+    if directory.name in ("", ".."):
+        raise ValueError(
+            f"{directory}: expected a name for the store, such as {directory / 'store'}"
+        )
     if not directory.exists():
         return
     if not directory.is_dir():

@@ -64,6 +64,8 @@ class ChatTemplate:
     output: Pieces
     output_separator: Pieces
     outputs_end: Pieces
+    prompt_follows_user: bool
+    """Whether the prompt stands behind every user's turn, one that nobody answers too."""
     every_round: bool
     """Whether each round of tool calls is written like the first. The first releases' template
     opens calls and outputs once a conversation: later rounds have no opening token, no prompt and
@@ -86,6 +88,7 @@ _V3 = ChatTemplate(
     output=(Special.OUTPUT, "{content}", Special.OUTPUT_END),
     output_separator=(),
     outputs_end=(Special.OUTPUTS_END,),
+    prompt_follows_user=False,
     every_round=False,
 )
 
@@ -110,7 +113,13 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
     for template in (
         _V3,
         replace(_V3, name="deepseek_r1", reasoning=_R1_REASONING),
-        replace(_V3, name="deepseek_v3_0324", output_separator=("\n",), every_round=True),
+        replace(
+            _V3,
+            name="deepseek_v3_0324",
+            output_separator=("\n",),
+            prompt_follows_user=True,
+            every_round=True,
+        ),
         ChatTemplate(
             name="deepseek_v3_1",
             prompt=(Special.ASSISTANT, Special.THINK_END),
@@ -123,6 +132,7 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
             output=(Special.OUTPUT, "{content}", Special.OUTPUT_END),
             output_separator=(),
             outputs_end=(),
+            prompt_follows_user=False,
             every_round=True,
         ),
     )

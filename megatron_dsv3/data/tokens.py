@@ -7,8 +7,10 @@ anything not to be learned doesn't count.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +29,11 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 _CHARACTERS_PER_CALL = 1 << 20
+_LONGEST_PART = 1 << 18
+# Where a long text may be cut, if the tokenizer agrees; how many are tried; how far it looks.
+_WORD_END = re.compile(r"\w(?=[ \n])")
+_MOST_PLACES = 100
+_AROUND = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,8 @@ class Encoded:
     tokens: Ids
     loss: Mask
     dropped: tuple[Dropped, ...] = ()
+    spelled: frozenset[str] = frozenset()
+    """Special tokens that the conversation's own words spell; they are text there."""
     num_reasoning: int = 0
     """Tokens of reasoning, in all turns together."""
     num_answer: int = 0
@@ -77,11 +86,17 @@ class Vocabulary:
 
 
 class _Piece(NamedTuple):
-    """Lists, as one array a conversation is made faster than one a piece."""
-
-    ids: list[int]
+    ids: Ids
     loss: bool | list[bool]
     """Of all tokens, or of each."""
+
+
+class Text(NamedTuple):
+    """A text between two special tokens."""
+
+    ids: Ids
+    spelled: tuple[str, ...]
+    """Special tokens that its words spell."""
 
 
 def encode(
@@ -96,34 +111,53 @@ def encode(
     return tokenize([rendered], Vocabulary.of(tokenizer))[0]
 
 
-def tokenize(rendered: Sequence[Rendered], vocabulary: Vocabulary) -> list[Encoded]:
-    """Token ids and masks of many conversations; the tokenizer works with all its threads."""
-    spans = [span for one in rendered for span in one.spans]
-    specials = {span.piece for span in spans if isinstance(span.piece, Special)}
-    special_ids = {special: vocabulary.special_id(special) for special in specials}
-    texts = _encode_texts([span for span in spans if isinstance(span.piece, str)], vocabulary)
-    encoded = []
-    for one in rendered:
-        pieces = [
-            next(texts) if isinstance(span.piece, str) else _special(span, special_ids)
-            for span in one.spans
-        ]
-        encoded.append(_join(one, pieces))
-    return encoded
+def tokenize(
+    rendered: Sequence[Rendered], vocabulary: Vocabulary, known: dict[str, Text] | None = None
+) -> list[Encoded]:
+    """Token ids and masks of many conversations; the tokenizer works with all its threads.
+
+    Args:
+        rendered: The conversations.
+        vocabulary: Of the tokenizer.
+        known: Texts tokenised before, to which new ones are added. What comes again (a system
+            prompt; under `expand` all turns before the one that counts) is tokenised once.
+    """
+    known = {} if known is None else known
+    texts = dict.fromkeys(
+        s.piece for one in rendered for s in one.spans if isinstance(s.piece, str)
+    )
+    known.update(_encode_texts([text for text in texts if text not in known], vocabulary))
+    specials = {s.piece for one in rendered for s in one.spans if not isinstance(s.piece, str)}
+    ids = {special: _special_ids(special, vocabulary) for special in specials}
+    return [_join(one, known, ids, vocabulary) for one in rendered]
 
 
-def _special(span: Span, special_ids: Mapping[Special, int]) -> _Piece:
-    assert not isinstance(span.piece, str)
-    number = special_ids[span.piece] if isinstance(span.piece, Special) else span.piece
-    return _Piece([number], span.counted)
+def _special_ids(special: Special | int, vocabulary: Vocabulary) -> Ids:
+    number = vocabulary.special_id(special) if isinstance(special, Special) else special
+    return np.array([number], np.int32)
 
 
-def _join(rendered: Rendered, pieces: Sequence[_Piece]) -> Encoded:
+def _join(
+    rendered: Rendered,
+    texts: Mapping[str, Text],
+    specials: Mapping[Special | int, Ids],
+    vocabulary: Vocabulary,
+) -> Encoded:
+    spelled: set[str] = set()
+    pieces = []
+    for span in rendered.spans:
+        if isinstance(span.piece, str):
+            text = texts[span.piece]
+            spelled.update(text.spelled)
+            pieces.append(_Piece(text.ids, _loss(span, text, vocabulary)))
+        else:
+            pieces.append(_Piece(specials[span.piece], span.counted))
     reasoning, answer = _part_lengths(rendered.spans, pieces)
     return Encoded(
-        tokens=np.array([number for piece in pieces for number in piece.ids], np.int32),
+        tokens=np.concatenate([piece.ids for piece in pieces]),
         loss=_mask(pieces),
         dropped=rendered.dropped,
+        spelled=frozenset(spelled),
         num_reasoning=reasoning,
         num_answer=answer,
     )
@@ -155,50 +189,84 @@ def _part_lengths(spans: Sequence[Span], pieces: Sequence[_Piece]) -> tuple[int,
     return num_by_part["reasoning"], num_by_part["answer"]
 
 
-def _encode_texts(spans: Sequence[Span], vocabulary: Vocabulary) -> Iterator[_Piece]:
-    backend, added_ids = vocabulary.backend, frozenset(vocabulary.added.values())
+def _encode_texts(texts: Sequence[str], vocabulary: Vocabulary) -> Iterator[tuple[str, Text]]:
+    backend = vocabulary.backend
     # A tokenizer.json may carry both, and other users of this object may have switched them on.
     backend.no_truncation()
     backend.no_padding()
-    for chunk in _chunks(spans):
-        texts = [str(span.piece) for span in chunk]
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        for span, encoding in zip(chunk, encodings, strict=True):
-            ids = encoding.ids
-            spells_added = not added_ids.isdisjoint(ids)
-            if spells_added or span.stretches:
-                yield _encode_exactly(span, backend, spells_added=spells_added)
-            else:
-                yield _Piece(ids, span.counted)
+    for chunk in _chunks([text for text in texts if len(text) <= _LONGEST_PART]):
+        yield from zip(chunk, _encode_chunk(chunk, vocabulary), strict=True)
+    for text in (text for text in texts if len(text) > _LONGEST_PART):
+        chunks = _chunks(list(_parts(text, backend)))
+        parts = [part for chunk in chunks for part in _encode_chunk(chunk, vocabulary)]
+        spelled = dict.fromkeys(name for part in parts for name in part.spelled)
+        yield text, Text(np.concatenate([part.ids for part in parts]), tuple(spelled))
 
 
-def _chunks(spans: Sequence[Span]) -> Iterator[list[Span]]:
+def _encode_chunk(texts: list[str], vocabulary: Vocabulary) -> Iterator[Text]:
+    added_ids = frozenset(vocabulary.added.values())
+    encodings = vocabulary.backend.encode_batch_fast(texts, add_special_tokens=False)
+    for text, encoding in zip(texts, encodings, strict=True):
+        found = added_ids.intersection(ids := encoding.ids)
+        if found:
+            ids = [number for number, _ in _plain_tokens(text, vocabulary.backend)]
+        spelled = tuple(name for name, n in vocabulary.added.items() if n in found) if found else ()
+        yield Text(np.array(ids, np.int32), spelled)
+
+
+def _parts(text: str, backend: Any) -> Iterator[str]:
+    """A long text, cut where its tokens are cut anyway: the tokenizer takes 100 bytes for each."""
+    start = 0
+    while len(text) - start > _LONGEST_PART:
+        ends = _WORD_END.finditer(text, start + _LONGEST_PART // 2, start + _LONGEST_PART)
+        places = (match.end() for match in islice(ends, _MOST_PLACES))
+        place = next((place for place in places if _is_between_words(text, place, backend)), None)
+        if place is None:
+            break
+        yield text[start:place]
+        start = place
+    yield text[start:]
+
+
+def _is_between_words(text: str, place: int, backend: Any) -> bool:
+    """Whether the tokenizer parts the text here, whatever else is in it.
+
+    What surrounds the place decides: tokenizers' patterns look no further from the end of a word.
+    """
+    around = text[max(0, place - _AROUND) : place + _AROUND]
+    if backend.normalizer is not None and backend.normalizer.normalize_str(around) != around:
+        return False
+    words = backend.pre_tokenizer.pre_tokenize_str(around) if backend.pre_tokenizer else ()
+    return any(begin == min(_AROUND, place) for _, (begin, _) in words)
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
     """Texts by the call: enough for many threads, few enough that their encodings fit memory."""
-    chunk: list[Span] = []
+    chunk: list[str] = []
     num_characters = 0
-    for span in spans:
-        chunk.append(span)
-        num_characters += len(str(span.piece))
+    for text in texts:
+        chunk.append(text)
+        num_characters += len(text)
         if num_characters >= _CHARACTERS_PER_CALL:
             yield chunk
             chunk, num_characters = [], 0
     yield chunk
 
 
-def _encode_exactly(span: Span, backend: Tokenizer, *, spells_added: bool) -> _Piece:
-    """A text that spells a special token, or counts in parts. Slow, and rare."""
-    text = str(span.piece)
-    stretches = span.stretches or (((0, len(text)),) if span.counted else ())
-    if spells_added:
-        tokens = list(_plain_tokens(text, backend))
+def _loss(span: Span, text: Text, vocabulary: Vocabulary) -> bool | list[bool]:
+    if not span.stretches:
+        return span.counted
+    # Slow, and rare: the characters of each token are asked for.
+    words, backend = str(span.piece), vocabulary.backend
+    if text.spelled:
+        places = [characters for _, characters in _plain_tokens(words, backend)]
     else:
-        encoding = backend.encode(text, add_special_tokens=False)
-        tokens = list(zip(encoding.ids, _without_gaps(encoding.offsets, len(text)), strict=True))
-    counted = [
-        any(begin <= start and end <= stop for begin, stop in stretches)
-        for _, (start, end) in tokens
+        encoding = backend.encode(words, add_special_tokens=False)
+        places = list(_without_gaps(encoding.offsets, len(words)))
+    return [
+        any(begin <= start and end <= stop for begin, stop in span.stretches)
+        for start, end in places
     ]
-    return _Piece([number for number, _ in tokens], counted)
 
 
 def _without_gaps(offsets: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:

@@ -36,18 +36,23 @@ def local_facts(directories: tuple[Path, ...] = ()) -> list[Fact]:
     Args:
         directories: Where a job will read or write; the current one is always among them.
     """
-    facts = [Fact("python", platform.python_version()), *_versions(), *_devices()]
+    facts = [Fact("python", platform.python_version())]
+    facts += [Fact(package, version) for package, version in versions().items()]
+    facts += _devices()
     facts += [_memory(), _shm()]
     facts += [_disk(directory) for directory in (Path.cwd(), *directories)]
     return facts
 
 
-def _versions() -> Iterator[Fact]:
+def versions() -> dict[str, str]:
+    """Of the packages that a training depends on."""
+    found = {}
     for package in PACKAGES:
         try:
-            yield Fact(package, importlib.metadata.version(package))
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            yield Fact(package, "not installed")
+            found[package] = "not installed"
+    return found
 
 
 def _devices() -> Iterator[Fact]:

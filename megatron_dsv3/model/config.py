@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_dsv3.config.architecture import Architecture, Yarn
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import mcore_layout, place
 from megatron_dsv3.config.sections import ExpertsSection, MemorySection, PrecisionSection
@@ -27,6 +28,8 @@ class DeepseekV3Config(MLATransformerConfig):
     """Of the two latent norms: transformers' modules do not follow rms_norm_eps there."""
     yarn_truncate: bool = True
     """Round YaRN's bounds to whole dimensions."""
+    dense_single_documents: bool = False
+    """Attention of a row of one document is that of an unpacked row."""
 
 
 def mcore_config(
@@ -38,6 +41,7 @@ def mcore_config(
     experts: ExpertsSection = ExpertsSection(),
     memory: MemorySection = MemorySection(),
     precision: PrecisionSection = PrecisionSection(),
+    kernels: KernelsSection = KernelsSection(),
     options: Mapping[str, Any] | None = None,
 ) -> DeepseekV3Config:
     """The configuration of every rank of this layout.
@@ -50,6 +54,7 @@ def mcore_config(
         experts: Losses of the routers, and how tokens are sent.
         memory: What is recomputed or offloaded.
         precision: Which products are computed in FP8; `dtype` is of all others.
+        kernels: Which of a GPU's faster kernels are taken.
         options: More fields of Megatron-Core's configuration, where they change no numbers.
     """
     values = {
@@ -58,7 +63,7 @@ def mcore_config(
         **_experts(arch),
         **_layout(arch, parallel),
         **_numerics(dtype),
-        **(_gpu(dtype) if device.type == "cuda" else {"use_cpu_initialization": True}),
+        **_device(device, dtype, kernels, has_yarn=arch.yarn is not None),
         **_memory(memory),
         **_fp8(precision),
         "sequence_balance_coefficient": experts.aux_loss_coefficient,
@@ -211,8 +216,12 @@ def _numerics(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _gpu(dtype: torch.dtype) -> dict[str, Any]:
+def _device(
+    device: torch.device, dtype: torch.dtype, kernels: KernelsSection, *, has_yarn: bool
+) -> dict[str, Any]:
     """Kernels that Transformer Engine and Megatron-Core bring for a GPU."""
+    if device.type != "cuda":
+        return {"use_cpu_initialization": True}
     half = dtype is torch.bfloat16
     return {
         "use_cpu_initialization": False,
@@ -222,4 +231,8 @@ def _gpu(dtype: torch.dtype) -> dict[str, Any]:
         "bias_activation_fusion": True,
         "gradient_accumulation_fusion": half,
         "moe_permute_fusion": True,
+        "apply_rope_fusion": kernels.fused_rope and half and has_yarn,
+        "dense_single_documents": kernels.dense_single_documents and half,
+        "cross_entropy_loss_fusion": kernels.fused_loss and half,
+        "cross_entropy_fusion_impl": "te" if kernels.fused_loss and half else "native",
     }

@@ -15,14 +15,20 @@ from megatron_dsv3.plan.records import Workload
 Kind = Literal["compute", "tp", "ep", "cp"]
 Unit = Literal["dense", "moe", "mtp", "head"]
 KINDS: tuple[Kind, ...] = ("compute", "tp", "ep", "cp")
-COPIES = 2.0
+COPIES = 2.1
 """Passes over memory for one that is needed: casts, concatenations and gradients that are added.
 Fitted to whole steps on an H100."""
+FUSED_ROPE, UNFUSED_ROPE = 0.8, 4.5
+"""Passes over queries, keys and values to rotate them and lay them out, times `COPIES`."""
+LOSS_BYTES = 18.0
+"""Moved for a logit in forward; backward moves twice as much."""
+UNPACKED = 0.85
+"""Attention over a row of one document as unpacked: 5.8 ms against 6.9 (docs/performance.md)."""
 PADDED_VALUES = 1.9
 """Slower attention where context parallelism pads values to the keys' width: 12.95 ms against 6.88
 (docs/performance.md)."""
 LAUNCH_SECONDS: Mapping[Unit, tuple[float, float]] = {
-    "dense": (5.5e-3, 12e-3), "moe": (9e-3, 20e-3), "mtp": (10e-3, 22e-3), "head": (1e-3, 2e-3),
+    "dense": (6e-3, 13e-3), "moe": (10e-3, 22e-3), "mtp": (11e-3, 24e-3), "head": (1e-3, 2e-3),
 }  # fmt: skip
 """What the host needs to start the kernels of a unit, forward and backward. FP8 blocks with one
 micro-batch of 4096 tokens took 86 to 117 ms on three hosts for a dense, two expert layers and the
@@ -140,7 +146,8 @@ class LayerTimes:
         yield self._product("kv_up_proj", tokens, kv_width, arch.kv_lora_rank, up)
         latents = 2.0 * tokens * ((rank or arch.hidden_size) + kv_down)
         yield self._gather("latents", latents)
-        rotated = 2.0 * 2 * tokens * heads * (2 * width + arch.v_head_dim)
+        passes = FUSED_ROPE if work.kernels.fused_rope else UNFUSED_ROPE
+        rotated = passes * 2.0 * tokens * heads * (2 * width + arch.v_head_dim)
         yield self._copy("rotary embedding", rotated, "mla_up_proj")
         yield from self._core_attention(heads, width)
         out_width = heads * arch.v_head_dim
@@ -159,12 +166,13 @@ class LayerTimes:
             heads=heads,
             width=width + arch.v_head_dim,
         )
-        if cp_size > 1:
-            seconds = Seconds(
-                seconds.forward * PADDED_VALUES,
-                seconds.backward * PADDED_VALUES,
-                f"{seconds.origin} x {PADDED_VALUES} for padded values",
-            )
+        alone = work.kernels.dense_single_documents and _one_document_a_row(work)
+        factor = PADDED_VALUES if cp_size > 1 else UNPACKED if alone else 1.0
+        seconds = Seconds(
+            seconds.forward * factor,
+            seconds.backward * factor,
+            f"{seconds.origin}, x {factor:g} for how values and rows are laid out",
+        )
         yield Row("core attention", "compute", seconds, again)
         if cp_size == 1:
             return
@@ -224,9 +232,15 @@ class LayerTimes:
         words = arch.vocab_size // self.workload.parallel.tp_size
         seconds = self.kernels.product("bf16", tokens, words, arch.hidden_size)
         yield Row("head", "compute", seconds)
-        # The loss casts to fp32, subtracts, exponentiates in place; backward scales and casts back.
-        yield self._copy("loss", 12.0 * tokens * words)
+        # Cast to fp32, largest, difference, exponentials, sum; one kernel reads and writes bf16.
+        each = 4.0 if self.workload.kernels.fused_loss else LOSS_BYTES
+        yield self._copy("loss", each * tokens * words)
         yield self._gather("head's input", 2.0 * tokens * arch.hidden_size)
+
+
+def _one_document_a_row(workload: Workload) -> bool:
+    length = workload.document_length or workload.seq_length
+    return workload.micro_batch_size == 1 and length >= workload.seq_length
 
 
 def _summed(

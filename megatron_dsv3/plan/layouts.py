@@ -161,7 +161,7 @@ def _grids(request: Request) -> Iterator[Parallel]:
     arch, world, node = request.arch, request.world_size, request.cluster.gpus_per_node
     tp_sizes = [n for n in _divisors(node) if _cuts(arch, n)]
     pp_sizes = [n for n in _divisors(world) if n <= min(MAX_PP_SIZE, arch.num_layers + 1)]
-    cp_sizes = [n for n in (1, 2, 4, 8, 16) if request.seq_length // n >= 1024]
+    cp_sizes = [n for n in (1, 2, 4, 8, 16) if n == 1 or request.seq_length // n >= 1024]
     ep_sizes = [n for n in _divisors(arch.num_experts) if n <= 256]
     for tp, pp, cp, ep in itertools.product(tp_sizes, pp_sizes, cp_sizes, ep_sizes):
         if world % (tp * pp * cp) or world % (ep * pp) or ep < min(node, arch.num_experts):

@@ -10,6 +10,7 @@ from typing import Self
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.job import Job
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import (
     ExpertsSection,
@@ -41,6 +42,7 @@ class Workload:
     memory: MemorySection = MemorySection()
     optimizer: OptimizerSection = OptimizerSection()
     experts: ExpertsSection = ExpertsSection()
+    kernels: KernelsSection = KernelsSection()
     mtp_frozen: bool = False
     imbalance: float = 1.0
     """Tokens that the busiest rank's experts get, over the mean; 1 is perfect balance."""
@@ -75,6 +77,7 @@ class Workload:
             memory=job.memory,
             optimizer=job.optimizer,
             experts=job.experts,
+            kernels=job.kernels,
             mtp_frozen=job.mtp.mode == "freeze",
             imbalance=imbalance,
         )

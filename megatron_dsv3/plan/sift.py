@@ -21,6 +21,8 @@ FP8_COPY = 1 / 2 + 1 / 64
 """Of a bf16 input that FP8 keeps as bytes with a scale for 128."""
 AGAIN = 2.1
 """Under full recompute a layer's tensors are there once more, with the gradients of the widest."""
+AGAIN_EXPERTS = 0.6
+"""The same where the experts alone are computed again."""
 WORKING = 1.1
 """Else: gradients of a layer's widest tensors, over what it keeps without recomputation."""
 WORKSPACES = int(0.3 * GIB)
@@ -47,18 +49,15 @@ def stage_states(workload: Workload) -> list[States]:
 def stage_activations(workload: Workload) -> list[Activations]:
     """What comes and goes on one rank of each stage."""
     parallel = workload.parallel
-    held: dict[str, tuple[float, float]] = {}
     mine: list[list[Stage]] = [[] for _ in range(parallel.pp_size)]
     for stage in place(workload.arch, parallel):
         mine[stage.pp_rank].append(stage)
-        if stage.letters not in held:
-            held[stage.letters] = _held(workload, stage)
     whole = _layer(workload, moe=True).whole
     # More than a warm-up's worth of micro-batches changes nothing.
     most = min(workload.num_micro_batches, (parallel.vpp_size + 2) * parallel.pp_size)
     found = []
     for pp_rank, stages in enumerate(mine):
-        chunks = [held[stage.letters] for stage in stages]
+        chunks = [_held(workload, stage) for stage in stages]
         weights = [saved + experts for saved, experts in chunks]
         relative = tuple(round(weight / max(weights), 2) for weight in weights)
         counts = _counts(pp_rank, parallel.pp_size, parallel.vpp_size, most, relative)
@@ -117,6 +116,8 @@ def _activations(
     again, working = 0.0, WORKING * whole
     if workload.memory.recompute == "full":
         again, working = AGAIN * whole, 0.15 * whole
+    elif workload.memory.recompute == "selective" and "moe" in workload.memory.recompute_modules:
+        again = AGAIN_EXPERTS * whole
     # Logits are gone when the first layer's backward begins: the larger of the two peaks.
     if has_loss:
         again, working = 0.0, max(WORKING * whole, again + working - logits)

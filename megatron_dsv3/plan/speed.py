@@ -100,6 +100,7 @@ class Speed:
             parallel.tp_size, parallel.cp_size, parallel.ep_size, parallel.etp_size,
             workload.tokens_per_rank, workload.seq_length, workload.document_length,
             workload.precision, workload.memory, workload.imbalance, workload.arch,
+            workload.kernels,
         )  # fmt: skip
         if key not in self._layers:
             links = Links(self.cluster, parallel, workload.world_size)

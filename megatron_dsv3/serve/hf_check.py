@@ -5,6 +5,7 @@ it takes keys of config.json that transformers never writes, and loads a model t
 the MTP layer only to fail when speculative decoding is asked for.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.hf_config import MODEL_TYPE, another_model, read_config_json
+from megatron_dsv3.config.rope import Yarn
 from megatron_dsv3.convert.hf_index import INDEX, SINGLE, listed
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.mapping import expand, exported_copies
 from megatron_dsv3.serve.finding import Finding
 from megatron_dsv3.serve.tokenizer_check import check_tokenizer
 
-__all__ = ["Finding", "check_hf", "refuse_unservable"]
+__all__ = ["Finding", "check_export", "check_hf", "refuse_unservable"]
 
 MLA_SIZES: Mapping[str, int] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 """The only sizes for which vLLM has kernels of multi-head latent attention."""
@@ -45,6 +47,11 @@ _LEFTOVERS: Mapping[str, str] = {
     "rng_state*": "a trainer's state",
     "trainer_state.json": "a trainer's state",
     "training_args.bin": "a trainer's state",
+    "checkpoint-*": "a trainer's checkpoint",
+    "iter_*": "a Megatron checkpoint",
+    "latest*": "a pointer to a trainer's checkpoint",
+    "zero_to_fp32.py": "a script of DeepSpeed",
+    "adapter_*": "a LoRA adapter, which transformers would load over the model",
     "*.bin": "weights in pickle files, which can run code",
     "*.pt": "pickle files, which can run code",
     "*.pth": "pickle files, which can run code",
@@ -77,6 +84,17 @@ def check_hf(directory: Path) -> list[Finding]:
     return sorted(findings, key=lambda finding: not finding.blocks)
 
 
+def check_export(directory: Path) -> list[str]:
+    """Lines with which an export ends: every finding, and whether vLLM can serve the directory.
+
+    Raises nothing for what is found: the model is written and stays.
+    """
+    findings = check_hf(directory)
+    blocked = any(finding.blocks for finding in findings)
+    verdict = "not servable as it is" if blocked else "servable"
+    return [*(f"serving: {finding}" for finding in findings), f"{directory}: {verdict}"]
+
+
 def refuse_unservable(directory: Path) -> list[Finding]:
     """The findings that do not block.
 
@@ -105,7 +123,7 @@ def _check_model(directory: Path) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("config.json", str(error), _REWRITE)
         return
-    yield from _check_sizes(arch)
+    yield from _check_sizes(arch, content)
     try:
         weights = _Weights(directory, content, arch, HFReader(directory))
     except ValueError as error:
@@ -137,7 +155,7 @@ def _set(key: str, value: Any) -> str:
     return f'set "{key}": "{value}" in config.json'
 
 
-def _check_sizes(arch: Architecture) -> Iterator[Finding]:
+def _check_sizes(arch: Architecture, content: Mapping[str, Any]) -> Iterator[Finding]:
     for key, wanted in MLA_SIZES.items():
         if (got := getattr(arch, key)) != wanted:
             what = f"{key} is {got}, and vLLM's kernels of latent attention know only {wanted}"
@@ -147,6 +165,11 @@ def _check_sizes(arch: Architecture) -> Iterator[Finding]:
         what = "there is no YaRN in rope_scaling; vLLM has turned plain rope the wrong way round"
         yield Finding("config.json", what, "compare tokens with transformers first", blocks=False)
         return
+    yield from _check_yarn(arch.yarn)
+    given = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    if nulls := sorted(key for key, value in given.items() if value is None):
+        what = f"{', '.join(nulls)} null: vLLM takes that for a number and fails"
+        yield Finding("rope_scaling", what, "leave out what has no value")
     longest = arch.yarn.factor * arch.yarn.original_max_position_embeddings
     if longest != arch.max_position_embeddings:
         what = (
@@ -155,6 +178,28 @@ def _check_sizes(arch: Architecture) -> Iterator[Finding]:
             f"{arch.max_position_embeddings}"
         )
         yield Finding("config.json", what, "give vLLM a --max-model-len", blocks=False)
+
+
+def _check_yarn(yarn: Yarn) -> Iterator[Finding]:
+    """vLLM's rotary embedding of DeepSeek knows fewer keys than transformers', and other defaults.
+
+    See DeepseekScalingRotaryEmbedding and get_rope in vLLM 0.32.
+    """
+    mscale = 1.0 if yarn.mscale is None else yarn.mscale
+    factor = yarn.get_mscale(mscale) / yarn.get_mscale(yarn.mscale_all_dim or 0.0)
+    if not math.isclose(factor, yarn.applied_factor, rel_tol=1e-6):
+        what = (
+            f"vLLM multiplies the rotary embedding by {factor:.4f} where training does by "
+            f"{yarn.applied_factor:.4f}: it reads mscale and mscale_all_dim only"
+        )
+        way_out = "write mscale and mscale_all_dim, both above zero, of the same effect"
+        yield Finding("rope_scaling", what, way_out)
+    if yarn.attention_factor == 1.0 and yarn.mscale_all_dim:
+        what = "attention_factor 1.0 makes vLLM leave mscale_all_dim out of the attention's scale"
+        yield Finding("rope_scaling", what, "remove attention_factor")
+    if not yarn.truncate:
+        what = "truncate is false, which vLLM does not know: it rounds the bounds of YaRN"
+        yield Finding("rope_scaling", what, "compare tokens with transformers first", blocks=False)
 
 
 def _check_names(weights: _Weights) -> Iterator[Finding]:
@@ -183,7 +228,7 @@ def _check_types(weights: _Weights) -> Iterator[Finding]:
         yield Finding("weights", what, "export them in fp32", blocks=False)
     kinds = {reader.dtype(n) for n, p in params if not p.is_buffer and not reader.is_fp8(n)}
     said = weights.content.get("dtype") or weights.content.get("torch_dtype")
-    if len(kinds) > 1 or {str(kind).removeprefix("torch.") for kind in kinds} - {said}:
+    if [str(kind).removeprefix("torch.") for kind in kinds] != [said]:
         names = ", ".join(sorted(map(str, kinds)))
         what = f"torch_dtype is {said!r}, the weights are in {names}"
         yield Finding("config.json", what, "vLLM casts them; --dtype says to what", blocks=False)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 _QUESTION, _THOUGHT, _ANSWER, _NEXT = "Six times seven?", "Seven six times.", "It is 42.", "Sure?"
 _WITH_THOUGHT = f"{Special.THINK.value}\n{_THOUGHT}\n{Special.THINK_END.value}\n\n{_ANSWER}"
+_PARSED: Mapping[Special, str] = {
+    Special.THINK: "reasoning",
+    Special.THINK_END: "reasoning",
+    Special.CALLS: "tool",
+    Special.CALLS_END: "tool",
+}
+"""Tokens without which a parser of vLLM refuses every request."""
 _TEMPLATE = "chat template"
 _TAKE_OVER = "copy the tokenizer files of the model that was trained"
 
@@ -55,10 +62,10 @@ def _check_ids(
     if isinstance(size, int) and len(tokenizer) > size:
         what = f"has {len(tokenizer)} tokens, more than config.json's vocab_size {size}"
         yield Finding("tokenizer", what, _TAKE_OVER)
-    for tag in (Special.THINK, Special.THINK_END):
+    for tag, parser in _PARSED.items():
         if tokenizer.convert_tokens_to_ids(tag.value) in (None, tokenizer.unk_token_id):
-            what = f"{tag.value} is no token of its own: the reasoning parser would not start"
-            yield Finding("tokenizer", what, "serve with --reasoning-parser none", blocks=False)
+            what = f"{tag.value} is no token of its own: the {parser} parser would not start"
+            yield Finding("tokenizer", what, f"serve with --{parser}-parser none", blocks=False)
     yield from _check_ends("config.json", content, tokenizer)
     path = directory / "generation_config.json"
     if path.is_file():
@@ -66,6 +73,9 @@ def _check_ids(
             generation = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             yield Finding(path.name, f"not valid JSON: {error}", _TAKE_OVER)
+            return
+        if not isinstance(generation, dict):
+            yield Finding(path.name, f"expected a JSON object, got {generation!r}", _TAKE_OVER)
             return
         yield from _check_ends(path.name, generation, tokenizer)
 

@@ -17,11 +17,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_dsv3.config.hf_config import read_config_json
 from megatron_dsv3.serve.client import is_ready
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
 """Where vLLM looks for its key; on its command line every user of the machine could read it."""
+LONGEST = 32768
+"""Tokens of a prompt and its answer that are served unless more is asked for."""
 MTP: Mapping[str, Any] = {"method": "mtp", "num_speculative_tokens": 1}
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""By them a user, a scheduler or a terminal that closes ends a program. The server is in a group of
+its own and would go on."""
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0
 """What a server gets to end on its own before it is killed."""
@@ -40,8 +46,8 @@ class Server:
     """What requests call the model; None: the directory's name."""
     tp_size: int = 1
     pp_size: int = 1
-    max_model_len: int = 32768
-    """Tokens of a prompt and its answer together."""
+    max_model_len: int | None = None
+    """Tokens of a prompt and its answer together; None: 32768, or what a shorter model takes."""
     reasoning_parser: str | None = "deepseek_r1"
     tool_parser: str | None = "deepseek_v3"
     speculative: str | None = None
@@ -85,8 +91,15 @@ class Server:
     @property
     def url(self) -> str:
         """Where this machine reaches the server."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    def _longest_of_model(self) -> int:
+        """vLLM refuses to serve more positions than config.json names."""
+        if not (self.hf_dir / "config.json").is_file():
+            return LONGEST
+        positions = read_config_json(self.hf_dir).get("max_position_embeddings")
+        return positions if type(positions) is int and positions > 0 else LONGEST
 
     def command(self) -> list[str]:
         """The command that starts the server."""
@@ -96,7 +109,7 @@ class Server:
             "served-model-name": self.served_name,
             "tensor-parallel-size": self.tp_size,
             "pipeline-parallel-size": self.pp_size,
-            "max-model-len": self.max_model_len,
+            "max-model-len": self.max_model_len or min(LONGEST, self._longest_of_model()),
             "reasoning-parser": self.reasoning_parser,
             "tool-call-parser": self.tool_parser,
             "speculative-config": json.dumps(MTP)
@@ -161,7 +174,8 @@ class SignalError(Exception):
 def running(command: Sequence[str], *, api_key: str | None) -> Iterator[subprocess.Popen[bytes]]:
     """A server's process, in a group of its own, which is gone when the block is left.
 
-    Inside the block SIGTERM and SIGINT raise `SignalError`.
+    Inside the block the signals that ask a process to end raise `SignalError`; one that was ignored
+    before (SIGHUP under nohup) stays ignored.
 
     Args:
         command: Program and arguments.
@@ -169,7 +183,11 @@ def running(command: Sequence[str], *, api_key: str | None) -> Iterator[subproce
     """
     environment = os.environ | ({API_KEY_VARIABLE: api_key} if api_key else {})
     process = None
-    handlers = {number: signal.signal(number, _raise) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {
+        number: signal.signal(number, _raise)
+        for number in _ENDING
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         process = subprocess.Popen(list(command), env=environment, start_new_session=True)
         yield process

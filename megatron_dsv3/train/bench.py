@@ -19,6 +19,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.config.counts import count_parameters, flops_per_token
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import (
     ExpertsSection,
@@ -74,6 +75,7 @@ class Case:
     """Documents in a row, packed end to end; a row is a micro-batch."""
     precision: PrecisionSection = BF16
     memory: MemorySection = MemorySection()
+    kernels: KernelsSection = KernelsSection()
     optimizer: OptimizerSection = OptimizerSection()
 
     @property
@@ -124,6 +126,7 @@ def prepare(case: Case, groups: Groups, *, seed: int = 1) -> Prepared:
         experts=ExpertsSection(),
         memory=case.memory,
         precision=case.precision,
+        kernels=case.kernels,
     )
     row_length = case.num_documents * case.document_length
     chunks = build_chunks(

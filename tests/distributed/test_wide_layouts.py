@@ -1,6 +1,7 @@
 """More layouts than CI has time for: `make test-all`."""
 
 import pytest
+import torch
 from distributed.launch import Results, launch
 from distributed.layouts import ALLGATHER, FULL, ONE, OVERLAP, SELECTIVE, case, check
 from distributed.worker import Case
@@ -28,6 +29,7 @@ LAYOUTS: dict[int, list[Case]] = {
         case("PP2 CP2 EP2 packed, full recompute", micro_batch_size=2, memory=FULL),
         case("TP2 PP2 packed, selective recompute", micro_batch_size=2, memory=SELECTIVE),
         case("PP2 overlapped", optimizer=OVERLAP),
+        case("PP2 VPP2 overlapped", optimizer=OVERLAP),
         case("TP2 overlapped, two optimizer instances", optimizer=OVERLAP, parallel=TWO_INSTANCES),
         case("PP4 VPP2"),
         case("PP2 VPP2, MTP apart from the loss", parallel={"stages": "Et*2|t*3|t*3|mL"}),
@@ -45,6 +47,11 @@ LAYOUTS: dict[int, list[Case]] = {
         case("DP8 four optimizer instances", parallel={"num_optimizer_instances": 4}),
     ],
 }
+FROZEN = Case("one process, MTP frozen", mtp="freeze")
+WITH_FROZEN_MTP: dict[int, list[Case]] = {
+    2: [case("TP2 EP2, MTP frozen", mtp="freeze"), case("PP2, MTP frozen", mtp="freeze")],
+    4: [case("PP4, MTP frozen apart", mtp="freeze", parallel={"stages": "Et*4|t*4|m|L"})],
+}
 ALL = [case for cases in LAYOUTS.values() for case in cases]
 
 
@@ -57,10 +64,28 @@ def hf_dir(tmp_path_factory):
 def results(hf_dir, tmp_path_factory) -> Results:
     out = tmp_path_factory.mktemp("out")
     for size, cases in LAYOUTS.items():
-        launch(size, [ONE, *cases] if size == 1 else cases, hf_dir=hf_dir, out=out)
+        references = [ONE, FROZEN] if size == 1 else []
+        together = [*references, *cases, *WITH_FROZEN_MTP.get(size, [])]
+        launch(size, together, hf_dir=hf_dir, out=out)
     return Results(out)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_wide_layout_gives_the_numbers_of_one_process(results, hf_dir, case):
     check(results, case, ONE, read(hf_dir))
+
+
+FROZEN_CASES = [case for cases in WITH_FROZEN_MTP.values() for case in cases]
+
+
+@pytest.mark.parametrize("case", FROZEN_CASES, ids=str)
+def test_mtp_that_is_frozen_stays_as_loaded_and_trains_the_rest_alike(results, hf_dir, case):
+    before = read(hf_dir)
+    check(results, case, FROZEN, before)
+    after = results.tensors(case.name, "weights")
+    prefix = "model.layers.8."
+    copies = {f"{prefix}embed_tokens.weight", f"{prefix}shared_head.head.weight"}
+    own = [name for name in before if name.startswith(prefix) and name not in copies]
+    assert len(own) > 20
+    assert all(torch.equal(after[name], before[name]) for name in own)
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])

@@ -2,15 +2,15 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from environment import ROOT
+from environment import ROOT, run_within
 
 HERE = Path(__file__).parent
+MODEL_SECONDS = 300
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,11 +29,11 @@ def _ends_what_it_started() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """fp32/, bf16/, fp8/ and reference.json of `trained_model.py`."""
+    """fp32/, bf16/, fp8/ and their references of `trained_model.py`."""
     directory = tmp_path_factory.mktemp("models")
     paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-W", "ignore", str(HERE / "trained_model.py"), str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = run_within(MODEL_SECONDS, command, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return directory

@@ -15,7 +15,7 @@ up)
         --iptables=false --ip6tables=false --bridge=none \
         --default-ulimit "nofile=$(ulimit -n):$(ulimit -Hn)" >"$root/log" 2>&1 &
     for ((i = 0; i < 300; i++)); do
-        docker info >/dev/null 2>&1 && exit 0
+        timeout 5 docker info >/dev/null 2>&1 && exit 0
         kill -0 "$!" 2>/dev/null || break
         sleep 0.1
     done
@@ -23,11 +23,17 @@ up)
     exit 1
     ;;
 down)
-    [[ ! -s $root/pid ]] || kill "$(cat "$root/pid")"
+    pid=$(cat "$root/pid" 2>/dev/null || true)
+    [[ -z $pid ]] || kill "$pid" 2>/dev/null || true
+    # It ends containers and its containerd first, and unmounts.
     for ((i = 0; i < 300; i++)); do
-        [[ -s $root/pid ]] || break
+        [[ -n $pid && -d /proc/$pid ]] || break
         sleep 0.1
     done
+    [[ -z $pid ]] || kill -KILL "$pid" 2>/dev/null || true
+    while read -r _ mounted _; do
+        [[ $mounted != "$root"/* ]] || umount --lazy "$mounted" || true
+    done </proc/mounts
     ;;
 *)
     exit 2

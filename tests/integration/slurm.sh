@@ -4,6 +4,9 @@
 #   slurm.sh up ROOT NODES GPUS PORT     controller at PORT, nodes node1, node2, ... at the next ones
 #   slurm.sh down ROOT                   ends jobs and daemons of this ROOT, and no others
 #
+# Jobs of the partition `urgent` preempt those of `batch`, which are requeued. A requeued job waits until
+# its credential has expired (cred_expire), two minutes by default.
+#
 # Every user of it sets SLURM_CONF=ROOT/slurm.conf. Needs root, slurm-wlm and munge.
 set -euo pipefail
 
@@ -20,7 +23,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$socket
+AuthInfo=socket=$socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort=$port
 SlurmctldPidFile=$root/run/slurmctld.pid
@@ -41,6 +44,9 @@ SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 KillWait=40
+MinJobAge=3600
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
 PropagateResourceLimits=NONE
 CONF
@@ -48,7 +54,8 @@ CONF
         echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + i)) CPUs=8" \
             "RealMemory=8000 Gres=gpu:$gpus State=UNKNOWN"
     done
-    echo "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+    echo "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60"
+    echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF"
 }
 
 up() {

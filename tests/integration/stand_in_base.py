@@ -13,7 +13,7 @@ from pathlib import Path
 
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 LIBRARY = f"usr/local/lib/{VERSION}"
-FOR_THE_BUILD = ("typer", "typer-")
+FOR_THE_BUILD = ("xxhash", "xxhash-")
 """A package and the beginning of its metadata's name: left out, so that the build fetches it."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 """This machine's, which may know a proxy's."""

@@ -13,13 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from environment import ROOT, SERVING, apt_install, free_port, vllm_python
+from environment import (
+    ON_CPU,
+    ROOT,
+    SERVING,
+    apt_install,
+    free_port,
+    read_until,
+    run_within,
+    stand_in_ssh,
+    started,
+    vllm_python,
+)  # fmt: skip
 
 from megatron_dsv3.serve.client import ask, is_ready
 
 SLURM = Path(__file__).with_name("slurm.sh")
-READY_SECONDS = 300
-ON_CPU = ("--dtype", "float32", "--enforce-eager", "--attention-backend", "CPU_MLA")
+READY_SECONDS = 180
 
 
 @pytest.fixture
@@ -65,7 +75,7 @@ def _check_and_follow_curl(log: str, url: str) -> None:
     assert answer.content.strip() == "It is 4."
     line = re.search(r"curl .*/v1/chat/completions -d '.*'", log)
     assert line, log[-2000:]
-    words = ["bash", "-c", line[0].replace("curl", "curl --silent --fail", 1)]
+    words = ["bash", "-c", line[0].replace("curl", "curl --silent --fail --max-time 60", 1)]
     done = subprocess.check_output(words, env=os.environ | {"VLLM_API_KEY": "secret"}, text=True)
     assert '"choices"' in done
 
@@ -75,28 +85,54 @@ def _check_and_follow_curl(log: str, url: str) -> None:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """Environment of a cluster of two nodes with one device each."""
+    """Environment of a cluster of four nodes with eight devices each, as slurm counts them."""
     apt_install(("slurmctld", "slurm-wlm"), ("munged", "munge"), ("curl", "curl"))
     root = tmp_path_factory.mktemp("slurm")
-    up = ["bash", str(SLURM), "up", str(root), "2", "1", str(free_port())]
+    up = ["bash", str(SLURM), "up", str(root), "4", "8", str(free_port())]
     try:
-        done = subprocess.run(up, capture_output=True, text=True, check=False, timeout=120)
+        done = run_within(120, up)
         assert done.returncode == 0, done.stderr
         yield _environment(SLURM_CONF=str(root / "slurm.conf"), VLLM_API_KEY="secret")
     finally:
-        subprocess.run(["bash", str(SLURM), "down", str(root)], check=False, timeout=120)
+        run_within(120, ["bash", str(SLURM), "down", str(root)])
+
+
+def _slurm(slurm: dict[str, str], *command: str) -> str:
+    done = run_within(60, command, env=slurm)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def _state(job: str, slurm: dict[str, str]) -> str:
-    show = ["squeue", "--noheader", "--states=all", "--jobs", job, "--format", "%T"]
-    return subprocess.check_output(show, text=True, env=slurm).strip()
+    return _slurm(slurm, "squeue", "-h", "--states=all", "--jobs", job, "--format", "%T")
+
+
+@pytest.mark.parametrize(("options", "nodes"), [([], 4), (["--nodes=2"], 2)])
+def test_the_slurm_script_takes_all_devices_of_its_nodes(slurm, tmp_path, options, nodes):
+    """4 nodes x 8 in BF16, 2 x 8 in FP8; a stage on each node. What is asked for is printed."""
+    program, log = tmp_path / "show", tmp_path / "log"
+    program.write_text('#!/bin/sh\nprintf "[%s]" "$@"\necho " on $SLURMD_NODENAME"\n')
+    program.chmod(0o755)
+    command = ["sbatch", "--parsable", *options, f"--output={log}"]
+    command += [str(ROOT / "examples" / "serve_dsv3_slurm.sh"), "/models/it's"]
+    job = _slurm(slurm, *command, "--cli", str(program), "--name", "two words")
+    end = time.monotonic() + 60
+    while _state(job, slurm) != "COMPLETED":
+        assert time.monotonic() < end, (_state(job, slurm), log.read_text())
+        time.sleep(0.2)
+    assert sorted(log.read_text().splitlines()) == [
+        f"{rank}: [serve][run][/models/it's][--python][python3][--tp][8][--pp][{nodes}]"
+        f"[--nodes][{nodes}][--main-address][node1][--main-port][29501][--name][two words]"
+        f"[--node-rank][{rank}] on node{rank + 1}"
+        for rank in range(nodes)
+    ]
 
 
 def test_slurm_serves_over_two_nodes_and_scancel_ends_all(slurm, models, options, tmp_path):
     hf_dir, log = models / "fp32", tmp_path / "log"
     command = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", f"--output={log}"]
     command += [str(ROOT / "examples" / "serve_dsv3_slurm.sh"), str(hf_dir), *_words(options)]
-    job = subprocess.check_output(command, text=True, env=slurm, cwd=tmp_path).strip()
+    job = _slurm(slurm, *command)
     end = time.monotonic() + READY_SECONDS
     while "curl " not in (text := log.read_text() if log.exists() else ""):
         assert _state(job, slurm) in ("PENDING", "CONFIGURING", "RUNNING"), text[-4000:]
@@ -105,7 +141,7 @@ def test_slurm_serves_over_two_nodes_and_scancel_ends_all(slurm, models, options
     assert len(_servers(hf_dir)) >= 2
     assert re.search(r"^1: .*--headless", text, re.MULTILINE), "the second node only computes"
     _check_and_follow_curl(text, f"http://127.0.0.1:{options['--port']}")
-    subprocess.run(["scancel", job], check=True, env=slurm)
+    _slurm(slurm, "scancel", job)
     while _state(job, slurm) in ("RUNNING", "COMPLETING"):
         assert time.monotonic() < end + 120
         time.sleep(0.5)
@@ -117,13 +153,7 @@ def test_the_slurm_script_without_slurm_or_model_says_so():
     script = str(ROOT / "examples" / "serve_dsv3_slurm.sh")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     for arguments, said in ((["/m"], "start this script with sbatch"), ([], "HF_DIR [option ...]")):
-        done = subprocess.run(
-            ["bash", script, *arguments],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
+        done = run_within(20, ["bash", script, *arguments], env=environment)
         assert done.returncode != 0
         assert said in done.stderr
 
@@ -134,23 +164,14 @@ def test_the_slurm_script_without_slurm_or_model_says_so():
 def test_a_host_that_fails_is_the_pdsh_scripts_failure(ssh):
     script = str(ROOT / "examples" / "serve_dsv3_pdsh.sh")
     command = ["bash", script, "a,b", "/m", "--cli", "/bin/false"]
-    assert subprocess.run(command, env=ssh, check=False, timeout=60).returncode == 1
+    assert run_within(60, command, env=ssh).returncode == 1
 
 
 @pytest.fixture
 def ssh(tmp_path) -> dict[str, str]:
     """Environment whose ssh runs here what it is told to run elsewhere, without the terminal."""
     apt_install(("pdsh", "pdsh"), ("curl", "curl"))
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    script = folder / "ssh"
-    # As ssh does: the words joined, for a shell, which outlives a connection that breaks.
-    script.write_text(
-        '#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 255\nshift 3\n'
-        'exec setsid --wait sh -c "$*"\n'
-    )
-    script.chmod(0o755)
-    return _environment(PATH=f"{folder}:{os.environ['PATH']}")
+    return _environment(PATH=stand_in_ssh(tmp_path / "bin"))
 
 
 def test_pdsh_serves_over_two_hosts_and_a_signal_ends_all(ssh, models, options, tmp_path):
@@ -159,16 +180,9 @@ def test_pdsh_serves_over_two_hosts_and_a_signal_ends_all(ssh, models, options, 
     options |= {"--api-key-file": str(key)}
     script = str(ROOT / "examples" / "serve_dsv3_pdsh.sh")
     command = ["bash", script, "127.0.0.1,localhost", str(hf_dir), *_words(options)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ssh
-    )
     url = f"http://127.0.0.1:{options['--port']}"
-    try:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "curl " in line:
-                break
+    with started(command, env=ssh) as process:
+        lines = read_until(process, "curl ", 2 * READY_SECONDS)
         assert is_ready(url), "".join(lines)[-4000:]
         assert len(_servers(hf_dir)) >= 2
         assert "secret" not in "".join([*lines, *_servers(hf_dir)])
@@ -178,9 +192,6 @@ def test_pdsh_serves_over_two_hosts_and_a_signal_ends_all(ssh, models, options, 
         assert process.returncode == 0, rest[-3000:]
         assert _servers(hf_dir) == []
         assert not list(Path("/tmp").glob(f"serve-dsv3-*-{process.pid}.*"))
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_the_pdsh_script_quotes_what_it_hands_to_hosts(ssh, tmp_path):
@@ -191,7 +202,7 @@ def test_the_pdsh_script_quotes_what_it_hands_to_hosts(ssh, tmp_path):
     path = '/models/it\'s "$HOME" & `x`'
     command = ["bash", str(ROOT / "examples" / "serve_dsv3_pdsh.sh"), "a,b", path]
     command += ["--cli", str(program), "--name", "two words"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ssh, check=False, timeout=60)
+    done = run_within(60, command, env=ssh)
     assert done.returncode == 0, done.stderr
     for rank, host in enumerate("ab"):
         [line] = [line for line in done.stdout.splitlines() if line.startswith(f"{host}: ")]

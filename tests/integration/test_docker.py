@@ -1,7 +1,8 @@
-"""The training image, built by a real Docker engine on a stand-in for NVIDIA's image.
+"""Both images, built by a real Docker engine on stand-ins for their bases.
 
-The stand-in carries the real one's name and, like it, Python 3.12 and torch: Debian with the test
-environment copied in. It says nothing about NVIDIA's image, GPUs, NCCL or Transformer Engine.
+A stand-in carries the real one's name and, like it, Python 3.12 and torch: Debian with the test
+environment copied in; in vLLM's place is a server that answers as it does. It says nothing about
+NVIDIA's or vLLM's image, GPUs, NCCL or Transformer Engine.
 """
 
 import os
@@ -9,11 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from environment import ROOT, apt_install, vllm_python
+from environment import ROOT, apt_install, run_within, vllm_python
 
 HERE = Path(__file__).parent
 DEBIAN = "bookworm"
@@ -22,14 +24,17 @@ LIBRARIES = (
     *("ca-certificates", "libssl3", "libffi8", "zlib1g", "libbz2-1.0", "liblzma5", "libgomp1"),
     *("libsqlite3-0", "libstdc++6", "libuuid1", "libexpat1", "libreadline8", "git"),
 )
+PACKAGES = f"/usr/local/lib/python3.{sys.version_info.minor}/site-packages"
 # The stand-in has no cache of libraries, for which its own ldconfig would have to run.
 LOADER = ("--change", "ENV LD_LIBRARY_PATH=/usr/local/lib")
 TESTS = ("test_architecture", "test_mapping", "test_fp8", "test_job", "test_chat", "test_local")
+BUILD_SECONDS, RUN_SECONDS = 300, 120
+READY_SECONDS = 60
 Docker = Callable[..., subprocess.CompletedProcess]
 
 
-def _base() -> str:
-    [name] = re.findall(r"^ARG BASE_IMAGE=(\S+)$", _dockerfile("Dockerfile"), re.MULTILINE)
+def _base(dockerfile: str = "Dockerfile") -> str:
+    [name] = re.findall(r"^ARG BASE_IMAGE=(\S+)$", _dockerfile(dockerfile), re.MULTILINE)
     return name
 
 
@@ -48,19 +53,17 @@ def docker(tmp_path_factory) -> Iterator[Docker]:
     environment = os.environ | {"DOCKER_HOST": f"unix://{root}/docker.sock", "DOCKER_BUILDKIT": "1"}
 
     def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [client, *arguments], capture_output=True, text=True, check=False, env=environment,
-            timeout=900, **options,
-        )  # fmt: skip
+        seconds = BUILD_SECONDS if arguments[0] in ("build", "import") else RUN_SECONDS
+        return run_within(seconds, [client, *arguments], env=environment, **options)
 
     script = str(HERE / "docker.sh")
-    up = subprocess.run(["bash", script, "up", str(root)], check=False, stderr=subprocess.PIPE)
     try:
+        up = run_within(60, ["bash", script, "up", str(root)])
         if up.returncode:
-            pytest.skip(f"no Docker engine can run here: {up.stderr.decode()[-500:]}")
+            pytest.skip(f"no Docker engine can run here: {up.stderr[-500:]}")
         yield run
     finally:
-        subprocess.run(["bash", script, "down", str(root)], check=False)
+        run_within(90, ["bash", script, "down", str(root)])
         shutil.rmtree(root, ignore_errors=True)
 
 
@@ -68,7 +71,7 @@ def docker(tmp_path_factory) -> Iterator[Docker]:
 def debian(docker, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("debian") / "debian.tar"
     command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(LIBRARIES)}", DEBIAN]
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
+    done = run_within(BUILD_SECONDS, [*command, str(path)])
     if done.returncode:
         pytest.skip(f"no Debian can be had: {done.stderr[-500:]}")
     return path
@@ -77,12 +80,12 @@ def debian(docker, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def image(docker, debian, tmp_path_factory) -> str:
     """The training image's name."""
-    producer = subprocess.Popen(
-        [sys.executable, str(HERE / "stand_in_base.py"), str(debian)], stdout=subprocess.PIPE
-    )
-    imported = docker("import", *LOADER, "-", _base(), stdin=producer.stdout)
-    assert producer.wait() == 0
-    assert imported.returncode == 0, imported.stderr
+    producer = [sys.executable, str(HERE / "stand_in_base.py"), str(debian)]
+    with subprocess.Popen(producer, stdout=subprocess.PIPE) as tar:
+        imported = docker("import", *LOADER, "-", _base(), stdin=tar.stdout)
+        if imported.returncode:
+            tar.kill()  # nobody reads what it writes
+    assert imported.returncode == tar.returncode == 0, imported.stderr
     pip_conf = tmp_path_factory.mktemp("pip") / "pip.conf"
     pip_conf.write_text(_pip_settings())
     built = _build(docker, "megatron-dsv3", "--secret", f"id=pip.conf,src={pip_conf}")
@@ -90,9 +93,33 @@ def image(docker, debian, tmp_path_factory) -> str:
     return "megatron-dsv3"
 
 
-def _build(docker: Docker, name: str, *options: str) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def serving_image(docker, image, tmp_path_factory) -> str:
+    """The serving image's name; in its base a stand-in answers in vLLM's place."""
+    context = tmp_path_factory.mktemp("vllm")
+    package = context / "vllm" / "entrypoints" / "cli"
+    package.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "fake_vllm.py", package / "fake.py")
+    for folder in (package, *package.parents[:2]):
+        (folder / "__init__.py").touch()
+    (package / "main.py").write_text(
+        "import sys\nfrom vllm.entrypoints.cli import fake\n"
+        'sys.argv[1:1] = ["-m", "vllm.entrypoints.cli.main"]\nfake.main()\n'
+    )
+    base = f"FROM {_base()}\nCOPY vllm {PACKAGES}/vllm\n"
+    (context / "Dockerfile").write_text(base)
+    made = docker("build", "--tag", _base("Dockerfile.serve"), str(context))
+    assert made.returncode == 0, made.stderr
+    built = _build(docker, "megatron-dsv3-serve", dockerfile="Dockerfile.serve")
+    assert built.returncode == 0, built.stderr[-5000:]
+    return "megatron-dsv3-serve"
+
+
+def _build(
+    docker: Docker, name: str, *options: str, dockerfile: str = "Dockerfile"
+) -> subprocess.CompletedProcess:
     command = ["build", "--progress=plain", "--network", "host", "--tag", name]
-    command += ["--file", str(ROOT / "docker" / "Dockerfile"), *options]
+    command += ["--file", str(ROOT / "docker" / dockerfile), *options]
     return docker(*command, str(ROOT))
 
 
@@ -112,9 +139,10 @@ def _run(docker: Docker, image: str, *command: str, options: tuple[str, ...] = (
     return docker("run", "--rm", "--network", "none", *options, image, *command)
 
 
-def test_a_base_without_torch_is_refused_and_told(docker, image):
-    bare = f"FROM {_base()}\nRUN rm -rf /usr/local/lib/python3*/site-packages/torch*\n"
-    made = docker("build", "--network", "host", "--tag", "bare", "-", input=bare)
+def test_a_base_without_torch_is_refused_and_told(docker, image, tmp_path):
+    bare = f"FROM {_base()}\nRUN rm -rf {PACKAGES}/torch*\n"
+    (tmp_path / "Dockerfile").write_text(bare)
+    made = docker("build", "--network", "host", "--tag", "bare", str(tmp_path))
     assert made.returncode == 0, made.stderr
     built = _build(docker, "none", "--build-arg", "BASE_IMAGE=bare")
     assert built.returncode != 0
@@ -140,7 +168,7 @@ def test_without_a_command_the_container_tells_what_it_brings(docker, image):
 def test_versions_are_those_of_the_constraints(docker, image):
     done = _run(docker, image, "python3", "-m", "pip", "list", "--format=freeze")
     installed = dict(line.split("==") for line in done.stdout.splitlines() if "==" in line)
-    pinned = re.findall(r"^(megatron-core|transformers|typer|safetensors)==(\S+)$",
+    pinned = re.findall(r"^(megatron-core|transformers|xxhash|safetensors)==(\S+)$",
                         (ROOT / "constraints.txt").read_text(), re.MULTILINE)  # fmt: skip
     assert len(pinned) == 4
     assert {name: installed[name] for name, _ in pinned} == dict(pinned)
@@ -176,11 +204,33 @@ def test_serving_needs_nothing_of_the_training_environment():
     """What `Dockerfile.serve` checks at its end, in the environment of vLLM for CPUs."""
     [words] = re.findall(r'python3 -c "(.*)"', _dockerfile("Dockerfile.serve"))
     command = [vllm_python(), "-c", words]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = run_within(RUN_SECONDS, command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_serving_image_runs_as_another_user_and_ends_when_stopped(
+    docker, serving_image, models
+):
+    models.chmod(0o755)  # pytest's folders are their owner's alone
+    options = ("--volume", f"{models}:/models:ro")
+    checked = _run(docker, serving_image, "check", "/models/fp32", options=options)
+    assert checked.returncode == 0, checked.stderr
+    assert "/models/fp32: servable" in checked.stdout
+    serve = ["run", "/models/fp32", "--fake-load-seconds", "1"]
+    started = docker("run", "--detach", "--network", "none", *options, serving_image, *serve)
+    assert started.returncode == 0, started.stderr
+    container = started.stdout.strip()
+    end = time.monotonic() + READY_SECONDS
+    while "curl " not in (said := docker("logs", container).stdout):
+        state = docker("inspect", "--format", "{{.State.Running}}", container).stdout.strip()
+        assert state == "true", said[-3000:] + docker("logs", container).stderr[-3000:]
+        assert time.monotonic() < end, said[-3000:]
+        time.sleep(0.5)
+    assert docker("exec", container, "id", "-un").stdout == "dsv3\n"
+    asked = docker("exec", container, "megatron-dsv3", "serve", "smoke", "http://127.0.0.1:8000")
+    assert "answer: " in asked.stdout, asked.stdout + asked.stderr
+    docker("stop", "--time", "60", container)
+    ended = docker("inspect", "--format", "{{.State.ExitCode}}", container).stdout
+    assert ended == "0\n", docker("logs", container).stderr[-2000:]
+    assert "SIGTERM: ending the server" in docker("logs", container).stdout
+    docker("rm", container)

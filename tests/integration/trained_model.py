@@ -2,25 +2,25 @@
 
     python tests/integration/trained_model.py DIR
 
-writes DIR/fp32, DIR/bf16 and DIR/fp8 (exports of the same model) and DIR/reference.json: what
-transformers makes of three prompts in fp32.
+writes DIR/fp32 (the trainer's export), DIR/bf16 and DIR/fp8 (the converter's, from the trainer's
+checkpoint), and for fp32 and fp8 DIR/reference-*.json: what transformers makes of three prompts in
+fp32, of fp8 with its blocks multiplied out.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from small_job import conversation, write_chats, write_job, write_model
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
-from megatron_dsv3.config.architecture import Architecture
-from megatron_dsv3.convert.fp8 import quantize
-from megatron_dsv3.convert.hf_io import HFReader, write_hf
-from megatron_dsv3.convert.mapping import by_hf_name
-
+ROOT = Path(__file__).resolve().parents[2]
 # kv_lora_rank and qk_rope_head_dim are DeepSeek's own: vLLM's kernels know no others.
 SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128,
@@ -41,12 +41,16 @@ def main() -> None:
     parser.add_argument("dir", type=Path)
     directory = parser.parse_args().dir
     directory.mkdir(parents=True, exist_ok=True)
-    exported = train(directory)
-    write_others(exported, directory)
-    (directory / "reference.json").write_text(json.dumps(reference(exported)))
+    train(directory)
+    for dtype in ("bf16", "fp8"):
+        convert(directory, dtype)
+    multiplied_out = multiply_out(directory)
+    for kind, model in (("fp32", directory / "fp32"), ("fp8", multiplied_out)):
+        (directory / f"reference-{kind}.json").write_text(json.dumps(reference(model)))
+    shutil.rmtree(multiplied_out)
 
 
-def train(directory: Path) -> Path:
+def train(directory: Path) -> None:
     """`megatron-dsv3 train` on three conversations until they are known by heart."""
     rows = [
         conversation(question, answer, reasoning_content=thought)
@@ -62,28 +66,35 @@ def train(directory: Path) -> Path:
         output={"dir": str(directory / "fp32")},
     )
     command = [sys.executable, "-m", "megatron_dsv3.cli", "train", str(job)]
-    subprocess.run(command, check=True, timeout=600)
-    return directory / "fp32"
+    subprocess.run(command, check=True)
 
 
-def write_others(exported: Path, directory: Path) -> None:
-    """The same weights in BF16, and in FP8 where DeepSeek's checkpoints are."""
-    arch, reader = Architecture.from_hf(exported), HFReader(exported)
-    params = by_hf_name(arch)
+def convert(directory: Path, dtype: str) -> None:
+    """`tools/checkpoint/convert.py --to hf`, from what training saved at its end."""
+    [checkpoint] = (directory / "fp32-checkpoints").glob("iter_*")
+    command = [sys.executable, str(ROOT / "tools" / "checkpoint" / "convert.py"), "--to", "hf"]
+    command += ["--from", str(checkpoint), "--hf-template", str(directory / "base")]
+    command += ["--out", str(directory / dtype), "--dtype", dtype, "--workers", "1"]
+    subprocess.run(command, check=True)
 
-    def stream(*, fp8: bool):
-        for name in reader.names():
-            param, tensor = params.get(name), reader.read(name)
-            if param is not None and param.is_buffer:
-                yield name, tensor
-            elif fp8 and param is not None and param.quantised:
-                yield from zip((name, f"{name}_scale_inv"), quantize(tensor), strict=True)
-            else:
-                yield name, tensor.bfloat16()
 
-    for kind in ("bf16", "fp8"):
-        config = arch.to_hf(fp8=kind == "fp8")
-        write_hf(stream(fp8=kind == "fp8"), directory / kind, config=config, template=exported)
+def multiply_out(directory: Path) -> Path:
+    """The FP8 export as fp32, blocks times scales, for transformers to read."""
+    stored: dict[str, torch.Tensor] = {}
+    for file in (directory / "fp8").glob("*.safetensors"):
+        stored |= load_file(file)
+    scales = {n: t for n, t in stored.items() if n.endswith("_scale_inv")}
+    tensors = {n: t.float() for n, t in stored.items() if n not in scales}
+    assert len(scales) > 100, "the experts alone are more"
+    for name, scale in scales.items():
+        weight = tensors[name.removesuffix("_scale_inv")]
+        for (row, column), factor in np.ndenumerate(scale.numpy()):
+            weight[128 * row : 128 * (row + 1), 128 * column : 128 * (column + 1)] *= float(factor)
+    target = shutil.copytree(
+        directory / "fp32", directory / "multiplied-out", ignore=lambda *_: ["model.safetensors"]
+    )
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def reference(exported: Path) -> list[dict[str, list]]:

@@ -1,10 +1,11 @@
 """Runs under vLLM's own Python: what vLLM makes of the prompts of a reference, as JSON.
 
-python vllm_worker.py HF_DIR REFERENCE.json OUT.json DTYPE MTP(0|1)
+python vllm_worker.py HF_DIR REFERENCE.json OUT.json [--dtype float32] [--mtp] [--fp8-in-torch]
 """
 
+import argparse
 import json
-import sys
+from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
@@ -12,19 +13,28 @@ MLA_ON_CPU = "CPU_MLA"
 
 
 def main() -> None:
-    hf_dir, reference, out, dtype, mtp = sys.argv[1:]
-    with open(reference) as file:
-        prompts = json.load(file)
+    parser = argparse.ArgumentParser()
+    for name in ("hf_dir", "reference", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--mtp", action="store_true")
+    parser.add_argument("--fp8-in-torch", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.fp8_in_torch:
+        import fp8_in_torch
+
+        fp8_in_torch.install()
+    prompts = json.loads(arguments.reference.read_text())
     options = {}
-    if int(mtp):
+    if arguments.mtp:
         options["speculative_config"] = {
             "method": "mtp",
             "num_speculative_tokens": 1,
             "attention_backend": MLA_ON_CPU,
         }
     engine = LLM(
-        model=hf_dir,
-        dtype=dtype,
+        model=str(arguments.hf_dir),
+        dtype=arguments.dtype,
         max_model_len=128,
         enforce_eager=True,
         seed=0,
@@ -53,8 +63,7 @@ def main() -> None:
         for metric in engine.get_metrics()
         if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
     }
-    with open(out, "w") as file:
-        json.dump({"answers": answers, "counters": counters}, file)
+    arguments.out.write_text(json.dumps({"answers": answers, "counters": counters}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""The search: what it recommends fits and can train; what cannot fit is answered with a way out."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from megatron_dsv3.config.architecture import DEEPSEEK_V3
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.sections import OptimizerSection, PrecisionSection
+from megatron_dsv3.plan import sift
+from megatron_dsv3.plan.cards import cluster_of
+from megatron_dsv3.plan.costs import costs
+from megatron_dsv3.plan.estimate import estimate
+from megatron_dsv3.plan.kernels import load_kernels
+from megatron_dsv3.plan.layouts import RECOMPUTE, STATES, Request, allowed_states, layouts
+from megatron_dsv3.plan.records import GIB, Plan, Workload
+from megatron_dsv3.plan.search import fewest_nodes, fits, search
+from megatron_dsv3.plan.speed import Speed
+
+H100 = cluster_of("h100-80gb")
+FP32_ON_GPU = ("fp32 moments",)
+
+
+def request_for(nodes: int, **changes) -> Request:
+    values = {"arch": DEEPSEEK_V3, "cluster": H100, "nodes": nodes, "seq_length": 32768}
+    return Request(**{**values, **changes})
+
+
+def workload(world_size: int = 256, recompute: str = "selective", **sizes) -> Workload:
+    return Workload(
+        arch=DEEPSEEK_V3,
+        parallel=Parallel(**sizes),
+        world_size=world_size,
+        seq_length=32768,
+        num_micro_batches=32,
+        memory=RECOMPUTE[recompute],
+        imbalance=1.2,
+    )
+
+
+@pytest.fixture(scope="module")
+def result():
+    return search(request_for(16), load_kernels(H100.card), top=4)
+
+
+def test_what_is_found_fits_and_comes_best_first(result):
+    assert len(result.found) == 4
+    for one in result.found:
+        assert one.plan.spare_gib >= 0
+        assert one.plan.host_gib <= H100.host_memory_gib
+        assert one.plan.stages == estimate(one.plan.workload)
+        assert one.plan.workload.optimizer == STATES[one.states]
+        assert one.plan.workload.memory == RECOMPUTE[one.recompute]
+    rates = [one.plan.step.tokens_per_second_per_gpu for one in result.found]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < result.num_fitting < result.num_layouts
+
+
+def test_no_layout_that_fits_is_faster_than_the_first(result):
+    # A sample of all layouts, each looked at by itself without the search's bounds.
+    request, speed = request_for(16), Speed(H100, load_kernels(H100.card))
+    best = result.found[0].plan.step.tokens_per_second_per_gpu
+    looked_at = 0
+    for layout in list(layouts(request))[::31]:
+        for states in request.states:
+            work = layout.with_states(states)
+            plan = Plan(workload=work, cluster=H100, stages=estimate(work), step=speed.step(work))
+            if plan.spare_gib >= 0 and plan.host_gib < 0.75 * H100.host_memory_gib:
+                looked_at += 1
+                assert plan.step.tokens_per_second_per_gpu <= best * 1.0001
+    assert looked_at > 10
+
+
+def test_the_faster_layout_that_does_not_fit_is_named(result):
+    assert result.missed is not None
+    assert result.missed.lacks_gib > 0
+    assert result.missed.faster > 0
+
+
+def test_every_layout_is_one_that_a_job_may_ask_for():
+    request = request_for(4, seq_length=4096, precisions=("bf16", "fp8"))
+    chosen = list(layouts(request))[::29]
+    assert len(chosen) > 100
+    for layout in chosen:
+        work = layout.workload
+        assert work.parallel.problems(DEEPSEEK_V3, 32) == []
+        assert work.seq_length % (work.parallel.cp_size * work.parallel.tp_size) == 0
+        if work.parallel.vpp_size > 1:
+            assert work.num_micro_batches % work.parallel.pp_size == 0
+
+
+def test_a_given_batch_is_kept():
+    request = request_for(4, seq_length=4096, global_batch_size=96, recompute=("full",))
+    for layout in layouts(request):
+        work = layout.workload
+        rows = work.micro_batch_size * work.num_micro_batches
+        assert rows * work.parallel.dp_size(32) == 96
+
+
+@pytest.mark.parametrize(
+    ("recompute", "sizes"),
+    [
+        ("none", {"pp_size": 8, "ep_size": 8}),
+        ("selective", {"tp_size": 8, "pp_size": 8, "vpp_size": 4, "ep_size": 32}),
+        ("wide", {"tp_size": 4, "pp_size": 16, "vpp_size": 2, "ep_size": 8}),
+        ("experts", {"tp_size": 2, "pp_size": 8, "ep_size": 16}),
+        ("full", {"tp_size": 8, "pp_size": 8, "ep_size": 8}),
+        ("full", {"pp_size": 16, "ep_size": 8, "cp_size": 4}),
+    ],
+)
+def test_the_sift_is_near_the_counted_units(recompute, sizes):
+    work = workload(recompute=recompute, **sizes)
+    pairs = zip(sift.stage_states(work), sift.stage_activations(work), strict=True)
+    quick = [states.gpu + come.total for states, come in pairs]
+    counted = [stage.allocated for stage in estimate(work)]
+    assert max(quick) == pytest.approx(max(counted), rel=0.03)
+
+
+def test_published_h100_layouts_fit():
+    # Megatron-Bridge: 4k, full recompute. Megatron-MoE-ModelZoo: 32k, FP8, offload.
+    bridge = replace(workload(tp_size=2, pp_size=8, ep_size=32, recompute="full"), seq_length=4096)
+    zoo = replace(
+        workload(tp_size=8, pp_size=8, vpp_size=4, ep_size=32, recompute="full"),
+        precision=PrecisionSection(fp8="blockwise"),
+        optimizer=OptimizerSection(offload_fraction=1.0),
+    )
+    for work in (bridge, zoo):
+        assert max(stage.total for stage in estimate(work)) / GIB < H100.card.memory_gib
+    without = replace(bridge, memory=RECOMPUTE["none"], seq_length=32768)
+    assert max(stage.total for stage in estimate(without)) / GIB > H100.card.memory_gib
+
+
+def test_what_does_not_fit_is_answered_with_what_is_missing_and_the_nearest_that_works():
+    request = request_for(8, states=FP32_ON_GPU)
+    with pytest.raises(ValueError, match="8 nodes lack") as caught:
+        search(request, load_kernels(H100.card))
+    text = str(caught.value)
+    assert "GiB a card at 32k; " in text
+    assert "with optimizer offload it fits" in text
+    nodes = int(text.rsplit("or ", 1)[1].removesuffix(" nodes"))
+    assert nodes > 8
+    assert fits(replace(request, nodes=nodes))
+    assert fits(
+        replace(request, states=allowed_states(moments="fp32", offload=True, bf16_gradients=False))
+    )
+
+
+def test_a_batch_that_no_layout_divides_is_said_so():
+    with pytest.raises(ValueError, match="cannot be cut into any layout with a global batch of 7"):
+        search(
+            request_for(64, global_batch_size=7, seq_length=1024, recompute=("full",)),
+            load_kernels(H100.card),
+        )
+
+
+def test_the_fewest_nodes_work_and_fewer_do_not():
+    request = request_for(1, seq_length=4096)
+    nodes = fewest_nodes(request)
+    assert nodes is not None
+    assert 4 <= nodes <= 8  # 16 bytes of 671e9 numbers, most of them in host memory
+    assert fits(replace(request, nodes=nodes))
+    assert not fits(replace(request, nodes=nodes - 1))
+
+
+def test_costs_are_worked_out_from_samples_and_bytes(result):
+    plan = result.found[0].plan
+    total = costs(plan, num_samples=100_000, num_epochs=2)
+    tokens = 2 * 100_000 * 32768
+    assert total.days * 86400 == pytest.approx(
+        tokens / plan.step.tokens_per_second_per_gpu / 128, rel=0.01
+    )
+    # 682.6e9 numbers: weights, masters and moments of 14 bytes, 10 with bf16 moments.
+    each = 14 if plan.workload.optimizer.moments == "fp32" else 10
+    assert total.checkpoint_tb == pytest.approx(each * 0.6826, rel=0.01)
+    assert total.disk_tb > 3 * total.checkpoint_tb
+
+
+@pytest.mark.slow
+def test_the_671b_is_searched_in_half_a_minute():
+    began = time.process_time()
+    search(request_for(32, precisions=("bf16", "fp8")), load_kernels(H100.card))
+    # Of one core; on a machine of its own that is what a user waits.
+    assert time.process_time() - began < 30
