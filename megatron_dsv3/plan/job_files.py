@@ -122,8 +122,8 @@ def _script(plan: Plan, job: Path, name: str) -> str:
     gpus = plan.cluster.gpus_per_node
     nodes = plan.workload.world_size // gpus
     command = (
-        f"srun --kill-on-bad-exit=1 torchrun --nnodes {nodes} --nproc-per-node {gpus} "
-        '--rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$main:29500"'
+        f"srun --kill-on-bad-exit=1 torchrun --nnodes {nodes} --nproc-per-node {gpus} \\\n"
+        '    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$main:29500"'
     )
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name={_plain(name)}
