@@ -31,13 +31,14 @@ help: ## Print this list
 venv: ## Make the virtual environment (VENV, .venv by default) or find it right
 	@python=$$(bash scripts/find_python.sh) && "$$python" -I scripts/make_venv.py "$(VENV)"
 
-check: venv ## Lint, format, types, shell scripts, Dockerfiles, layering and file sizes; changes nothing
+check: venv ## Lint, format, types, shell scripts, Dockerfiles, layering, file sizes, generated pages; changes nothing
 	ruff check
 	ruff format --check
 	mypy
 	git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
 	git ls-files -z '*.sh' .ci/run | xargs -0 shfmt -i 4 -d
 	hadolint docker/Dockerfile docker/Dockerfile.serve
+	python scripts/write_settings.py --check
 	python -m pytest -q tests/test_layering.py tests/test_file_size.py
 
 test: venv ## All tests but the wide matrices

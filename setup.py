@@ -4,7 +4,11 @@ PyPI's `apex` must never be listed: it is an unrelated package of the same name.
 with the NGC image or from its source, and Transformer Engine brings what Megatron-Core wants of it.
 """
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 REQUIREMENTS = [
     # One release on CPU and GPU alike, so that what passes on a laptop is what runs on the cluster.
@@ -65,12 +69,32 @@ EXTRAS = {
     ],
 }
 
+
+class BuildWithFiles(build_py):
+    """Puts examples/ and tools/ into the package, where `megatron-dsv3 examples` finds them."""
+
+    def run(self) -> None:
+        """Not in editable form: the checkout has them beside the package."""
+        super().run()
+        if self.editable_mode:
+            return
+        for folder in ("examples", "tools"):
+            target = Path(self.build_lib, "megatron_dsv3", "_files", folder)
+            # What an earlier build left there may be gone from the source.
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(folder, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+
+
 setup(
     name="megatron_dsv3",
     version="0.1.0",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     description="Full-parameter fine-tuning of DeepSeek-V3 and R1 on Megatron-Core",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.12",
+    cmdclass={"build_py": BuildWithFiles},
     packages=find_packages(include=["megatron_dsv3", "megatron_dsv3.*"]),
     package_data={"megatron_dsv3.plan": ["*.yaml", "*.json.gz"]},
     install_requires=REQUIREMENTS,

@@ -2,7 +2,7 @@
 
     python benchmarks/fp8_curve.py [--steps 300] [--dir build/fp8] [--picture docs/fp8.png]
 
-The model has DeepSeek-V3's head sizes and 1.0 B parameters, random at first. bf16 runs twice: sums
+The model has DeepSeek-V3's head sizes and 0.86 B parameters, random at first. bf16 runs twice: sums
 on a GPU come in any order, so that is how far apart equal trainings are. All runs share the card.
 A run whose steps are all there is not made again.
 """
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"
 MODEL: Mapping[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 5632, "moe_intermediate_size": 1024,
-    "num_hidden_layers": 6, "first_k_dense_replace": 1, "n_routed_experts": 8,
+    "num_hidden_layers": 4, "first_k_dense_replace": 1, "n_routed_experts": 8,
     "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": 1024, "kv_lora_rank": 512,
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
@@ -137,7 +137,7 @@ def draw(curves: Mapping[str, Sequence[StepRecord]], picture: Path) -> None:
     for (name, records), (color, dash, width) in zip(curves.items(), STYLES, strict=True):
         top.plot(steps, smooth(records), color=color, ls=dash, lw=width, label=name)
         bottom.plot(steps, 100 * (smooth(records) / reference - 1), color=color, ls=dash, lw=width)
-    top.set(ylabel=f"loss, mean of {WINDOW} steps", title="1.0 B parameters, one H100")
+    top.set(ylabel=f"loss, mean of {WINDOW} steps", title="0.86 B parameters, one H100")
     top.legend(frameon=False)
     bottom.axhspan(-1, 1, color="#9aa7b4", alpha=0.2, lw=0)
     bottom.set(xlabel="step", ylabel="difference\nfrom bf16, %")

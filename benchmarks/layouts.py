@@ -1,6 +1,6 @@
 """Loss curves of several layouts on the quickstart's model and data, and how far they lie apart.
 
-    python benchmarks/layouts.py [--steps 30] [--dir build/layouts] [--picture docs/layouts.png]
+    python benchmarks/layouts.py [--steps 30] [--dir DIR] [--picture docs/pictures/curves.png]
 
 Trains the same job on CPU processes in every layout, prints the largest differences from one
 process, and draws them. About 5 minutes on 2 cores; a layout whose steps are all there is not
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--dir", type=Path, default=ROOT / "build" / "layouts")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "layouts.png")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pictures" / "curves.png")
     arguments = parser.parse_args()
     if not (arguments.dir / "champ.jsonl").is_file():
         run([sys.executable, str(QUICKSTART / "prepare.py"), str(arguments.dir)])

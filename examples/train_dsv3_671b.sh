@@ -41,13 +41,16 @@ source "$here/cluster/common.sh"
 submit() {
     option_words
     export DSV3_EXAMPLES=$here
-    # One job of a name at a time (singleton): two would write to the same folder.
     local command=(sbatch --job-name="${opt[name]}" --nodes=$((opt[nodes] + opt[spares])) --ntasks-per-node=1
-        --exclusive --mem=0 --requeue --signal="B:USR1@${opt[warn_seconds]}" --dependency=singleton
-        --open-mode=append --output="$run/slurm-%j.log" --export=ALL)
+        --exclusive --mem=0 --requeue --signal="B:USR1@${opt[warn_seconds]}" --open-mode=append
+        --output="$run/slurm-%j.log" --export=ALL)
     [[ ${opt[gpus_per_node]} == 0 ]] || command+=(--gpus-per-node="${opt[gpus_per_node]}")
     [[ -z ${opt[time]} ]] || command+=(--time="${opt[time]}")
-    attend "${command[@]}" ${sbatch[@]+"${sbatch[@]}"} "$here/train_dsv3_671b.sh" "${words[@]}"
+    command+=(${sbatch[@]+"${sbatch[@]}"})
+    # Asked first, as slurm takes any job that depends on others: what it can never start is refused here.
+    attend "${command[@]}" --test-only "$here/train_dsv3_671b.sh"
+    # One job of a name at a time (singleton): two would write to the same folder.
+    attend "${command[@]}" --dependency=singleton "$here/train_dsv3_671b.sh" "${words[@]}"
 }
 
 # shellcheck disable=SC2329

@@ -53,8 +53,8 @@ pass_on() {
 end() {
     local code=$?
     trap - EXIT INT
-    [[ -z $child ]] || kill "$child" 2>/dev/null || true
-    [[ -n $dry_run ]] || on_hosts "$all" "$(end_remembered "$id" INT)" || true
+    [[ -n $dry_run ]] || on_hosts "$all" "$(end_remembered "$id" HUP)" || true
+    wait || true
     exit "$code"
 }
 

@@ -40,6 +40,12 @@ def test_parts_written_one_after_the_other_are_one_text(tmp_path, packing):
     assert (values, faults) == (ROWS * 2, [])
 
 
+def test_a_file_of_pzstd_begins_with_a_frame_to_be_skipped(tmp_path):
+    frame = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    values, faults, _ = read(tmp_path / "a", frame + PACK["zstd"](LINES))
+    assert (values, faults) == (ROWS, [])
+
+
 @pytest.mark.parametrize("packing", PACK)
 def test_whole_rows_before_a_cut_are_given(tmp_path, packing):
     content = PACK[packing](LINES)

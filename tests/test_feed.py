@@ -90,6 +90,31 @@ def test_a_template_that_has_changed_since_is_named(tmp_path, tokenizer, recipe)
     )
 
 
+def test_another_treatment_of_earlier_reasoning_is_named(tmp_path, tokenizer, recipe):
+    store = write_store(tmp_path / "store", SAMPLES, recipe)
+    for wanted in ("null", "strip"):
+        job = make_job(tmp_path, f"data.history_reasoning={wanted}", store=store)
+        assert data_problems(job, tokenizer) == []
+    [problem] = data_problems(
+        make_job(tmp_path, "data.history_reasoning=keep", store=store), tokenizer
+    )
+    assert problem == (
+        f"data.store {store}: made with --history-reasoning strip, but data.history_reasoning is "
+        "keep; prepare it again, or leave data.history_reasoning out"
+    )
+
+
+def test_a_store_that_is_short_of_long_samples_is_told(tmp_path, tokenizer, groups, recipe):
+    for length, lines in ((40, 0), (39, 1)):
+        made = recipe.model_copy(update={"options": {"seq_length": length}})
+        store = write_store(tmp_path / str(length), SAMPLES, made)
+        told: list[str] = []
+        job = make_job(tmp_path, "data.seq_length=40", store=store)
+        open_feed(job, tokenizer, groups, told.append, num_mtp=1)
+        assert len(told) == lines
+    assert told[0].startswith(f"data: {store} was prepared with --seq-length 39, so it holds none")
+
+
 def test_what_is_not_there_is_named(tmp_path, tokenizer):
     unfinished = write_store(tmp_path / "store", SAMPLES)
     (unfinished / "manifest.json").unlink()

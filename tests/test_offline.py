@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dsv3.convert.journal import Entry, Journal
-from megatron_dsv3.convert.memory import Budget, resident_bytes
+from megatron_dsv3.convert.memory import Budget, PeakMeter, resident_bytes
 from megatron_dsv3.convert.offline import Share, Unit, convert, finalize
 
 ONE = Budget(2_000_000_000, 1)
@@ -305,3 +305,11 @@ def test_memory_grows_by_what_is_touched():
             block[offset] = 1
         assert 75_000_000 < resident_bytes([os.getpid()]) - before < 90_000_000
     assert resident_bytes([2**22 + 1]) == 0
+
+
+def test_the_meter_sees_what_a_child_took_and_gave_back():
+    code = "block = bytearray(b'x') * 200_000_000; import time; time.sleep(1.5)"
+    with PeakMeter() as meter:
+        before = resident_bytes([os.getpid()])
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert 200_000_000 < meter.peak_bytes - before < 300_000_000

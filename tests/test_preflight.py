@@ -139,8 +139,9 @@ def test_the_671b_takes_what_its_parameters_take(tmp_path):
     needs = needs_of(job, DEEPSEEK_V3)
     assert needs.checkpoint == trained * 14
     assert needs.checkpoints == trained * 14 * 3
-    # Beside embedding and head of its own, which the published files hold too.
-    assert needs.output == (trained + 2 * 129280 * 7168) * 2
+    # MTP's copies of embedding and head, and the experts' biases in fp32, stand in the files too.
+    exported = (trained + 2 * 129280 * 7168) * 2 + 59 * 256 * 4
+    assert needs.output == exported
     assert needs.host == trained * 14
     job = _job(
         tmp_path,
@@ -152,7 +153,7 @@ def test_the_671b_takes_what_its_parameters_take(tmp_path):
     )  # fmt: skip
     needs, without = needs_of(job, DEEPSEEK_V3), 671_026_404_352
     assert needs.checkpoints == without * 14 * 2 + without * 2 * 2  # at 500 and 1000
-    assert needs.output == (trained + 2 * 129280 * 7168) * 2 * 4
+    assert needs.output == exported * 4
     assert needs.host == without * 6
     assert needs_of(_job(tmp_path, checkpoint={"every_steps": None}), DEEPSEEK_V3).checkpoints == 0
 
@@ -246,7 +247,8 @@ def test_what_is_in_the_way_is_shown_and_ends_it(small, run, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     code, out, err = run("preflight", small / "job.yaml")
     assert code == 2
-    assert "0 of 1 nodes are fit, 1 are needed" in err
+    assert err.startswith("error: pre-flight: ")
+    assert err.endswith("nothing was started\n")
     assert "checkpoints and output will take" in err
     assert "Pre-flight" in out
 
@@ -266,6 +268,25 @@ def test_steps_leave_reports_and_a_choice(small, run, tmp_path):
     assert "n1" in out
     (tmp_path / "n2.slow").write_text("0.1 GB/s\n")
     assert "n2: 0.1 GB/s" in run(*step, "--needed", 2)[2]
+
+
+def test_nodes_that_were_left_out_stay_in_the_table(small, run, tmp_path):
+    job = str(small / "job.yaml")
+    assert run("preflight", job, "--step", "report", "--dir", tmp_path, "--node", "n2")[0] == 0
+    (tmp_path / "n3.slow").write_text("0.1 GB/s\n")
+    for node in ("n1", "n3"):
+        report = read_report(tmp_path, "n2").model_copy(update={"node": node})
+        write_report(report, tmp_path)
+    first = tmp_path / "n1.json"
+    first.write_text(first.read_text().replace('"torch": "2.11.0', '"torch": "2.9'))
+    step = ("preflight", job, "--dir", tmp_path, "--step")
+    assert run(*step, "choose", "--nodes", "n1,n2,n3", "--needed", 1)[0] == 0
+    code, out, err = run(*step, "links", "--nodes", "n2")
+    assert code == 0, err
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("\u2502 n")}
+    assert "torch 2.9, but 2.11.0" in rows["n1"]
+    assert rows["n2"].split()[-2] == "fit"
+    assert "0.1 GB/s" in rows["n3"]
 
 
 def test_a_checkpoint_takes_what_was_said(small, run, tmp_path):

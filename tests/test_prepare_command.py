@@ -1,5 +1,6 @@
 """`megatron-dsv3 prepare` from outside: table, samples, remarks, and what a user can do wrong."""
 
+import io
 import json
 import re
 import sys
@@ -7,9 +8,13 @@ import sys
 import pytest
 from chat_cases import HF_DIR, assistant, user
 from prepare_cases import GOOD, write_rows
+from rich.console import Console
 
 from megatron_dsv3 import cli
-from megatron_dsv3.data import report_files
+from megatron_dsv3.commands import prepare as command
+from megatron_dsv3.data import report_files, workers
+from megatron_dsv3.data.pipeline import SampleOptions
+from megatron_dsv3.data.prepare import PrepareOptions
 
 
 @pytest.fixture
@@ -72,6 +77,22 @@ def test_a_run_says_what_it_kept_and_what_not_and_shows_samples(call, tmp_path):
     code, _, err = call(path, "--out", target, "--model", HF_DIR, "--workers", "1")
     assert (code, err) == (2, f"error: {target}: holds a complete store already; name another "
                            "directory\n")  # fmt: skip
+
+
+def test_a_terminal_of_80_columns_shows_rows_a_second_and_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_files, "PICTURES", {})
+    monkeypatch.setattr(workers, "_BLOCK_ITEMS", 1)
+    drawn = io.StringIO()
+    command.run(
+        [write_rows(tmp_path / f"{i}.jsonl", *[GOOD] * 3) for i in range(3)],
+        tmp_path / "store",
+        PrepareOptions(template="deepseek_v3", samples=SampleOptions(seq_length=64), num_workers=1),
+        Console(file=drawn, force_terminal=True, width=80),
+        hf_dir=HF_DIR,
+    )
+    frames = re.sub(r"\x1b\[[\d;?]*\w", "", drawn.getvalue()).split("\r")
+    [*_, last] = [frame for frame in frames if "rows/s" in frame]
+    assert re.search(r" 9 rows [\d,]+ rows/s \d:\d\d:\d\d left", last.strip())
 
 
 @pytest.mark.parametrize(

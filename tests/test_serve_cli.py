@@ -1,5 +1,6 @@
 """`serve` and `preflight` from the command line: what reaches the commands, and mistakes."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_the_key_may_come_from_vllms_variable(started, monkeypatch):
         (["serve", "run", "/none", "--python", "/none/python"], "cannot be run"),
         (["serve", "run", "/none", "--nodes", "2"], "nodes need --main-address"),
         (["serve", "smoke", "nowhere"], "expected http://HOST:PORT"),
-        (["preflight"], "expected --local"),
+        (["preflight"], "or --local for this machine"),
     ],
 )
 def test_a_mistake_ends_with_one_line_and_code_2(call, arguments, said):
@@ -82,3 +83,14 @@ def test_a_mistake_ends_with_one_line_and_code_2(call, arguments, said):
     assert said in error
     assert error.startswith("error: ")
     assert "Traceback" not in error
+
+
+def test_serving_imports_nothing_that_the_environment_of_vllm_lacks():
+    """Of this package's requirements; docker/Dockerfile.serve installs none of them."""
+    lacking = ("megatron.core", "megatron", "xxhash", "matplotlib", "tensorboard", "pyarrow")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({lacking}))\n"
+        "import megatron_dsv3.cli, megatron_dsv3.commands.serve"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -46,7 +46,8 @@ def _after(words: list[str], word: str) -> str:
 def test_on_a_login_node_it_would_submit_itself(script, tmp_path):
     code, lines, _ = script(SLURM, "--dry-run", "--sbatch", "--partition=h100", "optimizer.lr=1e-6")
     assert code == 0
-    submit, report, choose, links, train = lines
+    question, submit, report, choose, links, train = lines
+    assert question == [*submit[: len(question) - 2], "--test-only", str(SLURM)]
     run = tmp_path / "here" / "runs" / "sft-671b"
     assert submit[0] == "sbatch"
     options = {"--nodes=32", "--gpus-per-node=8", "--requeue", "--signal=B:USR1@300", "--exclusive",
@@ -73,11 +74,13 @@ def test_on_a_login_node_it_would_submit_itself(script, tmp_path):
 def test_what_is_submitted_is_what_was_said(script):
     """The job's own words give the same options again, whatever variables it finds."""
     said = ["--dry-run", "--nodes", "4", "--spares=2", "--model", "/m/with space", "--no-preflight"]
-    _, [submit, train], _ = script(SLURM, *said, DSV3_GPUS_PER_NODE="4", DSV3_NAME="mine")
+    _, [_, submit, train], _ = script(SLURM, *said, DSV3_GPUS_PER_NODE="4", DSV3_NAME="mine")
     assert {"--nodes=6", "--gpus-per-node=4", "--job-name=mine"} <= set(submit)
     assert "model.hf_dir=/m/with space" in train
     again = submit[submit.index(str(SLURM)) + 1 :]
-    _, [submit2, train2], _ = script(SLURM, "--dry-run", *again, DSV3_NAME="other", DSV3_NODES="9")
+    _, [_, submit2, train2], _ = script(
+        SLURM, "--dry-run", *again, DSV3_NAME="other", DSV3_NODES="9"
+    )
     assert (submit2, train2) == (submit, train)
 
 
@@ -130,7 +133,7 @@ def test_containers_get_what_they_need(script, container, expected):
         "/a:/b",
         *container,
     ]
-    code, [_, train], _ = script(SLURM, *words)
+    code, [_, _, train], _ = script(SLURM, *words)
     assert code == 0
     places = [train.index(word) for word in expected]
     assert places == sorted(places)

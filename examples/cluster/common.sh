@@ -43,6 +43,7 @@ read_options() {
         --dry-run) dry_run=yes ;;
         --here) here_only=yes ;;
         --no-preflight) preflight="" ;;
+        --sbatch=*) sbatch+=("${1#--sbatch=}") ;;
         --sbatch)
             [[ $# -ge 2 ]] || die "--sbatch: expected an option of sbatch"
             sbatch+=("$2")

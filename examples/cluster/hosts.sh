@@ -49,7 +49,7 @@ signal_remembered() {
         "kill -$2 \$pid 2>/dev/null; done; true"
 }
 
-# The same with SIGTERM; waits a minute for them to end, and removes the files.
+# The same with SIGTERM, or what is named; waits a minute for them to end, and removes the files.
 end_remembered() {
     echo "for file in /tmp/$1.*; do [[ -e \$file ]] || continue; pid=\$(cat \$file 2>/dev/null) || continue;" \
         "kill -${2:-TERM} \$pid 2>/dev/null; for ((i = 0; i < 120; i++)); do" \

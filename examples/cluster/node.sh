@@ -6,7 +6,8 @@
 #   node.sh ... rank WORDS...                                           one rank, into its own log
 #
 # The first of HOSTS (comma-separated) is where ranks meet. SIGUSR1 and SIGTERM go on to the ranks,
-# which save and stop; torchrun itself would pass the one on never and kill 30 s after the other.
+# which save and stop; torchrun itself would pass the one on never and kill 30 s after the other. SIGHUP ends
+# all at once.
 set -euo pipefail
 
 port=$1 processes=$2 logs=$3 nccl=$4 python=$5 action=$6
@@ -20,7 +21,7 @@ environment() {
     source "$nccl"
     : "${CUDA_DEVICE_MAX_CONNECTIONS:=1}" # tensor parallelism asks for it before Blackwell
     : "${PYTORCH_CUDA_ALLOC_CONF:=expandable_segments:True}"
-    : "${OMP_NUM_THREADS:=1}" "${HF_HUB_OFFLINE:=1}" "${TOKENIZERS_PARALLELISM:=false}"
+    : "${OMP_NUM_THREADS:=1}" "${HF_HUB_OFFLINE:=1}" "${TOKENIZERS_PARALLELISM:=false}" "${PYTHONWARNINGS:=ignore}"
     set +a
 }
 
@@ -54,6 +55,7 @@ ranks() {
     ) &
     local agent=$! code
     trap 'tell_ranks "$agent"' USR1 TERM
+    trap 'kill -HUP "$agent"' HUP
     while true; do
         code=0
         wait "$agent" || code=$?

@@ -10,7 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_dsv3.checkpoint.store import Trainee
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.job import Job
-from megatron_dsv3.convert.bridge import Bridge
+from megatron_dsv3.convert.bridge import Bridge, in_fp8
 from megatron_dsv3.convert.hf_io import HFReader, write_hf
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, wrap
 from megatron_dsv3.model.config import mcore_config
@@ -19,7 +19,7 @@ from megatron_dsv3.train.optimizer import build_optimizer, build_schedule
 from megatron_dsv3.train.step import TrainStep
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-HF_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+HF_DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +101,17 @@ def build_engine(job: Job, bridge: Bridge, *, num_steps: int) -> Engine:
 
 def write_model(bridge: Bridge, job: Job, reader: HFReader, directory: Path) -> None:
     """Collective: every rank takes part in the export; rank 0 writes."""
-    dtype = job.output.dtype
-    stream = bridge.export(dtype=DTYPES[dtype], untouched=reader)
+    dtype, arch = job.output.dtype, bridge.checkpoint or bridge.arch
+    live = job.precision.compute if dtype == "fp8" else dtype
+    stream = bridge.export(dtype=DTYPES[live], untouched=reader)
     if bridge.groups.rank != 0:
         for _ in stream:
             pass
         return
     write_hf(
-        stream,
+        in_fp8(stream, arch) if dtype == "fp8" else stream,
         directory,
         shard_bytes=int(job.output.shard_size_gb * 1e9),
-        config=(bridge.checkpoint or bridge.arch).to_hf(dtype=HF_DTYPES[dtype]),
+        config=arch.to_hf(dtype=HF_DTYPES[dtype], fp8=dtype == "fp8"),
         template=job.model.hf_dir,
     )

@@ -18,7 +18,7 @@ from megatron_dsv3.convert.hf_plan import Precision
 from megatron_dsv3.convert.journal import Entry, Report
 from megatron_dsv3.convert.megatron_io import INDEX
 from megatron_dsv3.convert.megatron_write import OBJECTS, ToMegatron
-from megatron_dsv3.convert.memory import Budget
+from megatron_dsv3.convert.memory import Budget, PeakMeter
 from megatron_dsv3.convert.offline import Direction, Outcome, Share
 from megatron_dsv3.convert.safetensors_file import explained
 from megatron_dsv3.convert.sources import HFSource, MegatronSource, Source
@@ -153,8 +153,17 @@ def _open(
     return MegatronSource.open(origin, arch, source=kind or "weights")
 
 
-def run(direction: Direction, out: Path, resources: Resources, console: Console) -> Outcome | None:
+def run(
+    direction: Direction, out: Path, resources: Resources, console: Console, memory: PeakMeter
+) -> Outcome | None:
     """Converts and says how it went; None: only the end was asked for.
+
+    Args:
+        direction: What is converted into what.
+        out: The target.
+        resources: Memory, processes, and this node's share.
+        console: For the progress and what there is to say.
+        memory: At work since before the direction was opened.
 
     Raises:
         ValueError: Something is wrong with source, target or machine; one message.
@@ -169,13 +178,13 @@ def run(direction: Direction, out: Path, resources: Resources, console: Console)
 
         def show(progress: offline.Progress) -> None:
             speed = f"{(bar.tasks[0].speed or 0) / 1e9:.2f} GB/s"
-            memory = f"{progress.memory_bytes / 1e9:.1f} GB memory"
+            held = f"{progress.memory_bytes / 1e9:.1f} GB memory"
             bar.update(
                 task,
                 completed=progress.done_bytes,
                 total=progress.total_bytes,
                 speed=speed,
-                memory=memory,
+                memory=held,
             )
 
         outcome = offline.convert(
@@ -186,7 +195,7 @@ def run(direction: Direction, out: Path, resources: Resources, console: Console)
             on_progress=show,
             seal=seal,
         )
-    _summarise(outcome, console)
+    _summarise(outcome, max(outcome.peak_memory_bytes, memory.peak_bytes), console)
     if outcome.is_finished:
         _finished(direction, out, outcome.reports, console)
     else:
@@ -229,11 +238,11 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _summarise(outcome: Outcome, console: Console) -> None:
+def _summarise(outcome: Outcome, peak_bytes: int, console: Console) -> None:
     speed = outcome.written_bytes / max(outcome.seconds, 1e-9) / 1e9
     console.print(
         f"{outcome.written_bytes:,} bytes in {outcome.seconds:.0f} s ({speed:.2f} GB/s), at most "
-        f"{outcome.peak_memory_bytes / 1e9:.2f} GB of memory"
+        f"{peak_bytes / 1e9:.2f} GB of memory"
     )
 
 

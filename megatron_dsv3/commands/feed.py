@@ -97,6 +97,12 @@ def _store_problems(
             f"({recipe.template_fingerprint[:12]}), but it has changed since ({fingerprint[:12]}); "
             "prepare it again"
         )
+    made = recipe.options.get("history_reasoning")
+    if made != (job.data.history_reasoning or made):
+        problems.append(
+            f"{which}: made with --history-reasoning {made}, but data.history_reasoning is "
+            f"{job.data.history_reasoning}; prepare it again, or leave data.history_reasoning out"
+        )
     return problems
 
 
@@ -235,11 +241,23 @@ def _stores(job: Job, tokenizer: "PreTrainedTokenizerFast", tell: Tell) -> list[
     sections: tuple[DataSection | ValidationSection, ...] = (job.data, job.validation)
     for name, section in zip(("train", "validation"), sections, strict=True):
         if section.store is not None:
-            Store(section.store).check_hashes()
+            _check_store(section.store, job, tell)
             stores.append(section.store)
         elif section.paths:
             stores.append(_prepared(job, section.paths, job.cache_dir / name, tokenizer, tell))
     return stores
+
+
+def _check_store(directory: Path, job: Job, tell: Tell) -> None:
+    store = Store(directory)
+    store.check_hashes()
+    options = store.manifest.recipe.options
+    longest = options.get("seq_length")
+    if isinstance(longest, int) and longest < job.data.seq_length:
+        tell(
+            f"data: {directory} was prepared with --seq-length {longest}, so it holds none of the "
+            f"longer samples that would fit data.seq_length {job.data.seq_length}"
+        )
 
 
 def _prepared(
@@ -255,7 +273,7 @@ def _prepared(
         samples=SampleOptions(
             seq_length=data.seq_length,
             too_long=data.too_long,
-            history_reasoning=data.history_reasoning,
+            history_reasoning=data.history_reasoning or "strip",
         ),
         on_bad_row=data.on_bad_row,
         replace=True,

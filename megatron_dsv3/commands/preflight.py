@@ -30,6 +30,10 @@ from megatron_dsv3.model import groups as model_groups
 
 CHOSEN = "nodes"
 """File beside the reports: the nodes to train on, parted by commas."""
+CONSIDERED = "considered"
+"""The same of all that it was chosen among, for the table."""
+SLOW = ".slow"
+"""Ending of a file with what was wrong with a node's links."""
 MOST_SKEW_S = 1.0
 _PATIENCE_S = 30.0
 _TIMEOUT = timedelta(minutes=5)
@@ -68,7 +72,8 @@ def choose_nodes(
     Raises:
         ValueError: Too few are fit. All is shown first.
     """
-    reports = _read(directory, nodes)
+    # All have been written before this step: what is late is the shared file system.
+    reports = _read(directory, nodes, patience_s=_PATIENCE_S)
     wanted = _wanted(job, needed)
     problems = judge(reports, wanted)
     for node in nodes:
@@ -78,6 +83,7 @@ def choose_nodes(
     except ValueError:
         _show(console, reports, problems, wanted, None)
         raise
+    write_durably(directory / CONSIDERED, ",".join(nodes) + "\n")
     write_durably(directory / CHOSEN, ",".join(chosen) + "\n")
 
 
@@ -90,12 +96,16 @@ def links(
         ValueError: A link is too slow or a clock wrong. What is so is left beside the reports, so
             that another choice can be made.
     """
-    names = [*nodes, *sorted({path.stem for path in directory.glob("*.json")} - set(nodes))]
     _join(job)
     try:
-        reports = _read(directory, names)
-        _finish(job, nodes[int(os.environ.get("GROUP_RANK", "0"))], reports, console, floors,
-                directory)  # fmt: skip
+        # One reads for all: a file system may show a file to some nodes earlier than to others.
+        reports, before = model_groups.from_rank_0(lambda: _considered(directory, nodes))
+        node = nodes[int(os.environ.get("GROUP_RANK", "0"))]
+        slow = _finish(job, node, reports, before, console, floors)
+        if dist.get_rank() == 0:
+            for name, found in slow.items():
+                write_durably(directory / f"{name}{SLOW}", "; ".join(found) + "\n")
+        _end(slow)
     finally:
         model_groups.stop()
 
@@ -113,7 +123,7 @@ def at_once(job: Job, console: Console, floors: Floors) -> None:
         found: list[NodeReport | None] = [own] * dist.get_world_size()
         dist.all_gather_object(found, own)
         reports = {one.node: one for one in found if one is not None}
-        _finish(job, node, reports, console, floors, None)
+        _end(_finish(job, node, reports, {}, console, floors))
     finally:
         model_groups.stop()
 
@@ -137,11 +147,20 @@ def _finish(
     job: Job,
     node: str,
     reports: Mapping[str, NodeReport | None],
+    before: Mapping[str, Sequence[str]],
     console: Console,
     floors: Floors,
-    directory: Path | None,
-) -> None:
-    """Collective. Judges, measures, shows."""
+) -> dict[str, list[str]]:
+    """Collective. Judges, measures, shows; problems of the nodes that take part.
+
+    Args:
+        job: The job.
+        node: Where this rank is.
+        reports: Of these nodes, and of others that were not chosen.
+        before: Problems that were found earlier.
+        console: Of rank 0.
+        floors: Of the links.
+    """
     world_size = dist.get_world_size()
     nodes: list[str] = [node] * world_size
     dist.all_gather_object(nodes, node)
@@ -149,24 +168,26 @@ def _finish(
     arch = Architecture.from_hf(job.model.hf_dir)
     if found := job.problems(arch, world_size):
         raise model_groups.SharedError("\n".join(found))
-    wanted = _wanted(job, len(taken))
+    wanted = model_groups.from_rank_0(lambda: _wanted(job, len(taken)))
     problems = judge(reports, wanted)
+    for name, earlier in before.items():
+        problems[name] += earlier
     measured = None
     if not any(problems[name] for name in taken):
         measured = _measure(job, nodes, floors)
         for name, text in {**measured.slow, **_skewed(measured)}.items():
             problems[name].append(text)
     if dist.get_rank() == 0:
-        if directory is not None:
-            for name in taken:
-                if problems[name]:
-                    write_durably(directory / f"{name}.slow", "; ".join(problems[name]) + "\n")
         _show(console, reports, problems, wanted, measured)
+    return {name: problems[name] for name in taken if problems[name]}
+
+
+def _end(problems: Mapping[str, Sequence[str]]) -> None:
+    """Collective. Raises on every rank what is in the way; the table has been shown."""
     dist.barrier()
-    try:
-        choose({name: problems[name] for name in taken}, needed=len(taken))
-    except ValueError as error:
-        raise model_groups.SharedError(str(error)) from None
+    if problems:
+        told = "; ".join(f"{node}: {'; '.join(found)}" for node, found in problems.items())
+        raise model_groups.SharedError(f"pre-flight: {told}; nothing was started")
 
 
 def _measure(job: Job, nodes: Sequence[str], floors: Floors) -> Links:
@@ -193,14 +214,24 @@ def _skewed(measured: Links) -> dict[str, str]:
     }
 
 
-def _read(directory: Path, nodes: Sequence[str]) -> dict[str, NodeReport | None]:
-    # All have been written before this step: what is late is the shared file system.
-    end = time.monotonic() + _PATIENCE_S
+def _read(
+    directory: Path, nodes: Sequence[str], *, patience_s: float
+) -> dict[str, NodeReport | None]:
+    end = time.monotonic() + patience_s
     return {node: read_report(directory, node, patience_s=end - time.monotonic()) for node in nodes}
 
 
+def _considered(
+    directory: Path, taken: Sequence[str]
+) -> tuple[dict[str, NodeReport | None], dict[str, list[str]]]:
+    """Reports of all that were chosen among, and earlier problems of those that were not taken."""
+    names = (directory / CONSIDERED).read_text().strip().split(",")
+    reports = _read(directory, names, patience_s=0)
+    return reports, {name: _slow_before(directory, name) for name in names if name not in taken}
+
+
 def _slow_before(directory: Path, node: str) -> list[str]:
-    path = directory / f"{node}.slow"
+    path = directory / f"{node}{SLOW}"
     return [path.read_text().strip()] if path.exists() else []
 
 
@@ -242,7 +273,8 @@ def _show(
             verdict,
         )
     # A log has no width that the verdicts would have to fit into.
-    console.print(table, width=None if console.is_terminal else _LOG_WIDTH, crop=False)
+    wide = console if console.is_terminal else Console(file=console.file, width=_LOG_WIDTH)
+    wide.print(table)
     for line in _lines(reports, wanted, measured):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -11,7 +11,6 @@ from rich.progress import (
     DownloadColumn,
     ProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
@@ -56,12 +55,13 @@ def run(
     """
     tokenizer = load_tokenizer(hf_dir, trust_remote_code=trust_remote_code)
     columns: list[ProgressColumn] = [
-        TextColumn("reading"),
-        BarColumn(),
+        # Narrow, so that 80 columns hold it all.
+        BarColumn(bar_width=10),
         DownloadColumn(),
-        TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[rows]:,} rows"),
+        TextColumn("{task.fields[rate]:,.0f} rows/s"),
         TimeRemainingColumn(),
+        TextColumn("left"),
     ]
     shown = console.is_terminal
     with Bar(*columns, console=console, transient=True, disable=not shown) as bar:

@@ -6,9 +6,9 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_dsv3.config.architecture import Architecture
-from megatron_dsv3.config.section import Section
+from megatron_dsv3.config.section import Section, Unit
 
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1), Unit("ranks")]
 
 
 class Parallel(Section):
@@ -17,9 +17,9 @@ class Parallel(Section):
     tp_size: Size = 1
     """Tensor parallelism: ranks that share each layer outside the experts, by heads and widths.
     Two or more also share the sequence between these layers."""
-    pp_size: Size = 1
+    pp_size: Annotated[int, Field(ge=1), Unit("stages")] = 1
     """Pipeline parallelism: stages that hold the layers one after another."""
-    vpp_size: Size = 1
+    vpp_size: Annotated[int, Field(ge=1), Unit("chunks")] = 1
     """Model chunks per pipeline stage. More make the pipeline's bubble smaller and its traffic
     larger; needs pp_size > 1."""
     ep_size: Size = 1
@@ -31,7 +31,7 @@ class Parallel(Section):
     stages: str | None = None
     """Which layers live on which pipeline stage, as in `Et*7|t*8|...|t*7mL` (config/placement.py
     says how to read it); null: balanced by cost."""
-    num_optimizer_instances: Size = 1
+    num_optimizer_instances: Annotated[int, Field(ge=1), Unit("groups")] = 1
     """Groups of data-parallel ranks that each hold all optimizer states between them. More need
     more memory and send less between groups. Divides dp * cp and edp."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_dsv3.config.section import Section
+from megatron_dsv3.config.section import Section, Unit
 
 
 def _expand_home(path: Path) -> Path:
@@ -27,6 +27,12 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Share that a running mean keeps at each step."""
+Steps = Annotated[Count, Unit("steps")]
+"""Of the optimizer."""
+Rows = Annotated[Count, Unit("rows")]
+Tokens = Annotated[Count, Unit("tokens")]
+Layers = Annotated[int, Field(ge=0), Unit("layers")]
+Seconds = Annotated[float, Field(gt=0), Unit("s")]
 
 
 RecomputeModule = Literal[
@@ -58,21 +64,22 @@ class DataSection(Section):
     template: TemplateName | None = None
     """How messages become tokens; take the one that the model was trained with. tokenizer: the chat
     template in the model's own tokenizer. null: that of the store; for `paths`, deepseek_v3."""
-    seq_length: Count = 32768
+    seq_length: Tokens = 32768
     """Tokens of a row. Memory for activations grows with it."""
     packed: bool = True
     """Conversations share a row, none is split, and none sees another. false: one a row, and the
     rest is padding."""
-    document_multiple: Count | None = None
+    document_multiple: Tokens | None = None
     """In a packed row each conversation takes up a multiple of this. null: 2 * cp_size, or 1
     without context parallelism. Give a larger one to be able to go on later with a larger
     cp_size."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """What becomes of a conversation of more than `seq_length` tokens; both of the first two are
     counted and reported."""
-    history_reasoning: Literal["strip", "keep", "expand"] = "strip"
-    """Whether reasoning of earlier turns of `paths` stays in the context; inference strips it.
-    expand: every turn becomes a sample of its own, with what it will see when served."""
+    history_reasoning: Literal["strip", "keep", "expand"] | None = None
+    """Whether reasoning of earlier turns stays in the context; inference strips it. expand: every
+    turn becomes a sample of its own, with what it will see when served. null: as in the store; for
+    `paths`, strip."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What becomes of a row of `paths` that cannot be read; skipped ones are counted."""
 
@@ -139,7 +146,7 @@ class ScheduleSection(Section):
     """Shape after warm-up; constant stays at the optimizer's lr."""
     warmup_fraction: Fraction | None = 0.03
     """Share of all steps spent on warm-up; null where warmup_steps is given."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0), Unit("steps")] | None = None
     """Optimizer steps of warm-up, instead of warmup_fraction."""
     min_lr: NotNegative = 0.0
     """Where the decay ends: after the last step, which is itself taken a little above it. At 0 a
@@ -166,15 +173,15 @@ class ScheduleSection(Section):
 class TrainSection(Section):
     """How much, how long, on what."""
 
-    global_batch_size: Count
+    global_batch_size: Rows
     """Rows per optimizer step, over all processes; a row holds as many conversations as fit it, or
     one where data.packed is false."""
-    micro_batch_size: Count = 1
+    micro_batch_size: Rows = 1
     """Rows per forward and backward of one data-parallel rank. More fill the GPU better and take
     memory for activations in proportion."""
-    num_epochs: Count = 1
+    num_epochs: Annotated[Count, Unit("epochs")] = 1
     """Passes over the data; training ends after them."""
-    num_steps: Count | None = None
+    num_steps: Steps | None = None
     """Optimizer steps after which training ends, where the epochs are not over before; null: no
     limit."""
     seed: Annotated[int, Field(ge=0)] = 1234
@@ -185,7 +192,7 @@ class TrainSection(Section):
     """Before the first step compare the model with transformers' layers, one at a time from the
     files, and stop where they differ. Takes rank 0 one layer of memory in fp32 (46 GB for the
     671B) and the time to read the files once."""
-    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    hang_timeout_s: Seconds | None = 1800.0
     """Seconds without a finished step after which a process writes down where it stands
     (<log.dir>/stacks) and ends; null: never. Longer than the longest step, validation and save."""
 
@@ -197,7 +204,7 @@ class ValidationSection(Section):
     """As data.store."""
     paths: UserPaths = ()
     """As data.paths, and made into samples and rows as data says; neither: no validation."""
-    every_steps: Count = 100
+    every_steps: Steps = 100
     """Optimizer steps between two validations; there is one after the last step too."""
 
     @model_validator(mode="after")
@@ -215,9 +222,9 @@ class SpikesSection(Section):
     factor: Annotated[float, Field(gt=1)] | None = None
     """A loss above this many times the median of the last `window` steps is a spike; null: only one
     that is not finite."""
-    window: Annotated[int, Field(ge=2)] = 32
+    window: Annotated[int, Field(ge=2), Unit("steps")] = 32
     """Steps that the median is taken of; until so many are done nothing is a spike."""
-    max_skipped: Count = 10
+    max_skipped: Steps = 10
     """Skipped steps in a row after which the run ends anyway."""
 
 
@@ -235,9 +242,9 @@ class PrecisionSection(Section):
     fp8_params: bool = False
     """Keep the layers' weights in FP8 alone beside the optimizer's fp32 copies: half the traffic of
     their gathering, and no second copy of them for the products."""
-    bf16_first_layers: Annotated[int, Field(ge=0)] = 0
+    bf16_first_layers: Layers = 0
     """Decoder layers at the beginning that stay out of FP8."""
-    bf16_last_layers: Annotated[int, Field(ge=0)] = 0
+    bf16_last_layers: Layers = 0
     """Decoder layers at the end that stay out of FP8."""
 
     @property
@@ -330,9 +337,11 @@ class OutputSection(Section):
 
     dir: UserPath
     """Where to; must not hold anything yet."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the weights; the expert bias is fp32 in either."""
-    shard_size_gb: Annotated[float, Field(gt=0)] = 5.0
+    dtype: Literal["bf16", "fp8", "fp32"] = "bf16"
+    """Of the weights; the expert bias is fp32 in each. fp8: in blocks as DeepSeek's own files,
+    rounded anew by rank 0, a minute for 45 GB of BF16; `tools/checkpoint/convert.py` does the same
+    in many processes, and keeps the bytes of blocks that were not trained."""
+    shard_size_gb: Annotated[float, Field(gt=0), Unit("GB")] = 5.0
     """Largest size of a safetensors file, in GB of 10^9 bytes; a larger tensor has its own."""
 
 
@@ -342,11 +351,11 @@ class CheckpointSection(Section):
     dir: UserPath | None = None
     """Folder of the checkpoints, seen by all nodes; null: beside the output, as
     <output.dir>-checkpoints. A run starts from the newest whole checkpoint that it finds there."""
-    every_steps: Count | None = 100
+    every_steps: Steps | None = 100
     """Optimizer steps between two checkpoints; there is one after the last step too. null: none."""
-    keep_last: Count = 2
+    keep_last: Annotated[Count, Unit("checkpoints")] = 2
     """Full checkpoints that stay; older ones are dropped."""
-    keep_weights_every: Count | None = None
+    keep_weights_every: Steps | None = None
     """Of a dropped checkpoint whose step is a multiple of this, the weights stay; null: of none."""
     asynchronous: bool = True
     """Write while training goes on: it stands still for a copy to host memory alone. Takes host
@@ -357,7 +366,7 @@ class CheckpointSection(Section):
     verify_on_resume: Literal["hashes", "sizes"] = "hashes"
     """How a checkpoint is checked before a run goes on from it: hashes reads all its files, each
     process a share; sizes reads none."""
-    export_hf_every_steps: Count | None = None
+    export_hf_every_steps: Steps | None = None
     """Optimizer steps between two Hugging Face directories, <output.dir>-step<n>, besides the one
     at the end; null: none."""
 
@@ -367,9 +376,9 @@ class LogSection(Section):
 
     dir: UserPath | None = None
     """Where TensorBoard's files go; null: beside the output, as <output.dir>-log."""
-    every_steps: Count = 1
+    every_steps: Steps = 1
     """Optimizer steps between two lines."""
-    expert_load_every_steps: Count = 50
+    expert_load_every_steps: Steps = 50
     """Optimizer steps between two records of every expert's load (heat map)."""
     wandb_project: str | None = None
     """Weights & Biases project to log to as well; needs `pip install wandb`."""

@@ -4,7 +4,7 @@ Both ways walk the one table. Strict: a tensor that is unmapped, missing, surplu
 stops the work on every rank, all names listed, before anything else goes on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import Stage, place
+from megatron_dsv3.convert.fp8 import SCALE_SUFFIX, quantize
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.mapping import (
     Param,
     Shard,
+    by_hf_name,
     by_mcore_name,
     expand,
     exported_copies,
@@ -233,3 +235,24 @@ def _weights(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
     state = chunk.state_dict(keep_vars=True)
     named = {name for name, _ in chunk.named_parameters()} | {n for n, _ in chunk.named_buffers()}
     yield from ((name, tensor) for name, tensor in state.items() if name in named)
+
+
+def in_fp8(
+    stream: Iterable[tuple[str, Tensor]], arch: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """An exported stream as DeepSeek stores it: matrices in FP8, scales beside them, the rest BF16.
+
+    Args:
+        stream: From `Bridge.export`, in the type of the live weights.
+        arch: Of the whole model.
+    """
+    params = by_hf_name(arch)
+    for name, tensor in stream:
+        param = params.get(name)  # None: a copy of embedding or head, which stay in BF16
+        if param is not None and param.quantised:
+            weight, scale_inv = quantize(tensor, name=name)
+            yield from ((name, weight), (name + SCALE_SUFFIX, scale_inv))
+        elif param is not None and param.is_buffer:
+            yield name, tensor
+        else:
+            yield name, tensor.bfloat16()

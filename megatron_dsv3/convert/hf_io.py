@@ -28,6 +28,7 @@ from megatron_dsv3.convert.safetensors_file import (
     explained,
     info_of,
     open_safetensors,
+    read_ahead,
 )
 
 TOKENIZER_FILES = (
@@ -46,17 +47,19 @@ class HFReader:
     to use from several threads and after a fork.
     """
 
-    def __init__(self, directory: Path, *, max_open: int = 8) -> None:
+    def __init__(self, directory: Path, *, max_open: int = 8, ahead_bytes: int = 0) -> None:
         """Reads the header of every file.
 
         Args:
             directory: Holds model.safetensors, or shards with an index.
             max_open: Files kept mapped at once; a tensor in use keeps its own mapped.
+            ahead_bytes: To be fetched behind every part that is read, for whom reads whole files.
 
         Raises:
             ValueError: The directory does not hold one complete checkpoint.
         """
         self.directory = directory
+        self._ahead_bytes = ahead_bytes
         self._tensors = stored_tensors(directory)
         self._open = lru_cache(max_open)(open_safetensors)
 
@@ -149,6 +152,8 @@ class HFReader:
     def _stored(self, name: str, cut: Sequence[slice] = ()) -> Tensor:
         file = self._open(self._tensors[name][0])
         tensor: Tensor = file.get_slice(name)[tuple(cut)] if cut else file.get_tensor(name)
+        if self._ahead_bytes:
+            read_ahead(tensor, self._ahead_bytes)
         return tensor
 
 

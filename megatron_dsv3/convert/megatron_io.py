@@ -31,6 +31,8 @@ BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON = "common_state/shard_0_1"
 """Where Megatron-Core 0.19 keeps what is not sharded; before, it was in `common.pt`."""
 DCP_VERSION = "1.0.0"
+AHEAD_BYTES = 16 << 20
+"""Fetched behind what is read: the next part of a tensor, or the next tensor, lies there."""
 _NUM_CACHED = 256
 """Chunks whose archives need not be opened again: tensors are read piece by piece."""
 
@@ -201,6 +203,9 @@ def _read_into(path: Path, position: int, target: Tensor) -> None:
     view = memoryview(target.view(-1).view(torch.uint8).numpy())
     handle = os.open(path, os.O_RDONLY)
     try:
+        if hasattr(os, "posix_fadvise"):
+            ahead = len(view) + AHEAD_BYTES
+            os.posix_fadvise(handle, position, ahead, os.POSIX_FADV_WILLNEED)
         while view:
             count = os.preadv(handle, [view], position)
             if count == 0:

@@ -7,14 +7,20 @@ counted.
 """
 
 import ctypes
+import os
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+import psutil
 
 _COUNTED = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
-_PARENT_BYTES = 960_000_000
-"""Python, torch, and the index of a training run of the 671B, while it is read."""
+_PARENT_BYTES = 1_200_000_000
+"""Python, torch, and the index of a training run of the 671B, while it is read; with a worker's
+share, which nobody else takes then, it is enough for the process that lays the model out, too."""
 _WORKER_BYTES = 480_000_000
 """Python, torch, and what a worker knows about 46,183 tensors and where they are."""
 _COPIES = 4
@@ -65,6 +71,32 @@ def resident_bytes(pids: Iterable[int]) -> int:
             continue
         total += sum(1024 * int(kilobytes) for kilobytes in _COUNTED.findall(status))
     return total
+
+
+class PeakMeter:
+    """The most that this process and all that it has started took at once, as defined above."""
+
+    TICK_S = 0.2
+
+    def __init__(self) -> None:
+        """Measures nothing before the `with` block begins."""
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._measure, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _measure(self) -> None:
+        this = psutil.Process()
+        while not self._stop.wait(self.TICK_S):
+            children = [process.pid for process in this.children(recursive=True)]
+            self.peak_bytes = max(self.peak_bytes, resident_bytes([os.getpid(), *children]))
 
 
 def keep_freed_memory() -> None:

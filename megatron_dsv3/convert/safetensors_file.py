@@ -3,22 +3,27 @@
 The library's own `save_file` wants all tensors of a file in memory; `SafetensorsWriter` wants one.
 """
 
+import ctypes
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dsv3.convert.direct_file import DirectFile, Part
 from megatron_dsv3.convert.mapping import Shape
 
+if TYPE_CHECKING:
+    from megatron_dsv3.convert.direct_file import Part
+
+_LIBC = ctypes.CDLL(None)
 DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -69,6 +74,19 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path}: truncated or damaged ({error}); fetch it again") from None
 
 
+def read_ahead(tensor: Tensor, more_bytes: int) -> None:
+    """Has the system fetch a view of a mapped file, and what follows it there, in large requests.
+
+    Else each page that is touched and not in memory is waited for, with 128 KB around it.
+    """
+    madvise = getattr(_LIBC, "madvise", None)
+    if madvise is not None and hasattr(mmap, "MADV_WILLNEED"):
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = tensor.data_ptr() + tensor.nbytes + more_bytes
+        # Advice that is not taken changes nothing: beyond the file's end there is none to take.
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_WILLNEED)
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """All tensors of a file, in the order of their bytes.
 
@@ -98,6 +116,9 @@ class SafetensorsWriter:
             path: The file; one that exists is overwritten.
             layout: Every tensor that will be written.
         """
+        # Imported here: those who only read, serving among them, may have no xxhash.
+        from megatron_dsv3.convert.direct_file import DirectFile
+
         self.path = path
         self._layout = dict(layout)
         self._missing = {name: info.nbytes for name, info in layout.items()}

@@ -21,7 +21,7 @@ from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.convert.hf_index import listed
 from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.convert.mapping import by_hf_name
-from megatron_dsv3.convert.megatron_io import MegatronReader
+from megatron_dsv3.convert.megatron_io import AHEAD_BYTES, MegatronReader
 from megatron_dsv3.convert.megatron_layout import Box, MegatronLayout, layouts
 from megatron_dsv3.convert.safetensors_file import TensorInfo
 
@@ -50,7 +50,7 @@ class HFSource:
     @cached_property
     def reader(self) -> HFReader:
         """The open directory."""
-        return HFReader(self.directory)
+        return HFReader(self.directory, ahead_bytes=AHEAD_BYTES)
 
     def check(self) -> None:
         """Raises ValueError unless the directory holds exactly this architecture's tensors."""

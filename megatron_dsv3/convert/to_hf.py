@@ -22,6 +22,7 @@ from megatron_dsv3.convert.hf_io import (
 )
 from megatron_dsv3.convert.hf_plan import Precision, ShardPlan, plan_shards
 from megatron_dsv3.convert.journal import Report, Written
+from megatron_dsv3.convert.megatron_io import AHEAD_BYTES
 from megatron_dsv3.convert.offline import Unit
 from megatron_dsv3.convert.safetensors_file import explained
 from megatron_dsv3.convert.sources import Source, fingerprint
@@ -91,7 +92,9 @@ class ToHF:
 
     @cached_property
     def _original(self) -> HFReader | None:
-        return None if self.scales_from is None else HFReader(self.scales_from)
+        if self.scales_from is None:
+            return None
+        return HFReader(self.scales_from, ahead_bytes=AHEAD_BYTES)
 
     def options(self) -> Mapping[str, Any]:
         """What the result depends on."""

@@ -27,12 +27,20 @@ MAX_BYTES = 1 << 40
 BUFFER_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 16
 
+
+def _open_gzip(file: BinaryIO) -> Any:
+    return gzip.GzipFile(fileobj=file, mode="rb")
+
+
+def _open_zstd(file: BinaryIO) -> Any:
+    return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+
+
 _MAGIC: dict[bytes, tuple[str, Callable[[BinaryIO], Any]]] = {
-    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file, mode="rb")),
-    b"\x28\xb5\x2f\xfd": (
-        "zstd",
-        lambda file: pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"),
-    ),
+    b"\x1f\x8b": ("gzip", _open_gzip),
+    b"\x28\xb5\x2f\xfd": ("zstd", _open_zstd),
+    # Frames to be skipped, with which pzstd begins a file.
+    **{bytes([0x50 + i]) + b"\x2a\x4d\x18": ("zstd", _open_zstd) for i in range(16)},
 }
 _DAMAGE = (EOFError, OSError, zlib.error)
 

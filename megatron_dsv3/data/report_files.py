@@ -51,6 +51,7 @@ def _draw_counted(axes: Axes, report: Report) -> None:
     _bars(axes, report.counted_share, _BLUE, "")
     share = report.tokens.counted / report.tokens.kept
     axes.axvline(share, color=_GRAY, linestyle="dashed", label=f"all tokens: {share:.1%}")
+    axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set(title="Counted tokens", xlabel="share of a sample's tokens", ylabel="samples")
     axes.legend(frameon=False)
@@ -61,6 +62,7 @@ def _draw_packing(axes: Axes, report: Report) -> None:
     _bars(axes, packing.fill_of_rows, _BLUE, "")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
+    axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     title = f"Packing: {packing.rows:,} rows of {packing.row_length:,}, {packing.fill:.2%} full"
     axes.set(title=title, xlabel="share of a row that holds tokens", ylabel="rows")

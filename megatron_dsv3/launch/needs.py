@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.counts import count_parameters
 from megatron_dsv3.config.job import Job
+from megatron_dsv3.convert.hf_plan import plan_shards
 from megatron_dsv3.data.manifest import read_manifest
 
 _BYTES = {"bf16": 2, "fp32": 4}
@@ -47,9 +48,7 @@ def needs_of(job: Job, arch: Architecture) -> Needs:
         if section.keep_weights_every is not None:
             between = math.lcm(section.every_steps, section.keep_weights_every)
             kept += trained * weight * _times(steps, between)
-    # An export holds copies of embedding and head for each MTP layer.
-    copies = arch.num_mtp_layers * 2 * counts.embedding
-    exported = (counts.total + counts.mtp + copies) * _BYTES[job.output.dtype]
+    exported = sum(shard.nbytes for shard in plan_shards(arch, precision=job.output.dtype))
     exports = 1 + _times(steps, section.export_hf_every_steps)
     host = int(trained * 12 * job.optimizer.offload_fraction)
     if section.every_steps is not None and section.asynchronous:

@@ -19,8 +19,9 @@ BF16 = {"dtype": "bf16", "steps": 2}
 UNCLIPPED = {"clip_grad": 0.0}
 ONE = Case("one GPU", optimizer=UNCLIPPED, **BF16)
 LOSS_TOLERANCE = 5e-3
+# bf16 itself is 1.7e-2 off fp32 here, and 2.5e-2 in the worst parameter (on a CPU).
 WHOLE_GRADIENT_TOLERANCE = 3e-2
-GRADIENT_TOLERANCE = 0.2
+GRADIENT_TOLERANCE = 0.1
 
 
 def _bf16(name: str, **changes) -> Case:
@@ -54,9 +55,15 @@ EACH = [(size, case) for size, cases in LAYOUTS.items() for case in cases]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Results:
-    """The experts' biases alone choose the experts, so that no rounding sends a token elsewhere."""
+    """The experts' biases alone choose the experts, so that no rounding sends a token elsewhere.
+
+    Small weights, as a real model's: where attention is sharp it magnifies rounding ten times.
+    """
     place = tmp_path_factory.mktemp("layouts")
     model = build(bias_std=100.0, num_hidden_layers=4, **REAL_HEADS)
+    for weight in [*model.model.parameters(), *model.mtp.parameters()]:
+        if weight.dim() > 1:
+            weight.data.mul_(0.25)
     hf_dir = model.save(place / "hf", dtype=torch.bfloat16)
     for size, cases in {1: [ONE], **LAYOUTS}.items():
         if size <= torch.cuda.device_count():

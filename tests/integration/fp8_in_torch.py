@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear, silu
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 BLOCK = 128
 
@@ -20,6 +21,8 @@ def install() -> None:
     kernel.apply_weights = _linear
     experts._supports_current_device = staticmethod(lambda: True)
     experts.apply = _experts
+    # Torch multiplies in fp32 as well, in which numbers can be compared to the last digits.
+    Fp8Config.get_supported_act_dtypes = classmethod(lambda _: [torch.bfloat16, torch.float32])
     cpu_moe.prepare_fp8_moe_layer_for_cpu = lambda gate_up, down: (gate_up, down)
 
 

@@ -17,7 +17,7 @@ FOR_THE_BUILD = ("xxhash", "xxhash-")
 """A package and the beginning of its metadata's name: left out, so that the build fetches it."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 """This machine's, which may know a proxy's."""
-LEFT_OUT = ("__pycache__", "test", "tests", "idlelib", "tkinter", "lib2to3")
+LEFT_OUT = ("test", "tests", "idlelib", "tkinter", "lib2to3")
 """Of the standard library, by name of the directory."""
 
 
@@ -52,9 +52,7 @@ def main() -> None:
             out.addfile(link)
 
 
-def _of_root(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    if "__pycache__" in member.name:
-        return None
+def _of_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = 0
     member.uname = member.gname = "root"
     return member

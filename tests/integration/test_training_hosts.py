@@ -74,6 +74,38 @@ def test_two_hosts_are_checked_warned_and_go_on_to_the_same_end(inputs, ssh, tmp
     assert_same(tmp_path / "hosts" / "model", tmp_path / "peer" / "model")
 
 
+def test_ctrl_c_ends_it_on_all_hosts(inputs, ssh, tmp_path):
+    apt_install(("pdsh", "pdsh"))
+    said = tmp_path / "said"
+    with said.open("w") as log:
+        command = _command(inputs, tmp_path, "--no-preflight")
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=ssh)
+        try:
+            end = time.monotonic() + 60
+            while not (ranks := _processes(tmp_path / "hosts" / "job.yaml")):
+                assert time.monotonic() < end, said.read_text()[-6000:]
+                time.sleep(0.2)
+            assert ranks
+            process.send_signal(signal.SIGINT)
+            assert process.wait(120) == 130, said.read_text()[-6000:]
+        finally:
+            process.kill()
+    assert _processes(tmp_path / "hosts" / "job.yaml") == []
+
+
+def _processes(job: Path) -> list[str]:
+    """Command lines of ranks, and of what started them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if str(job) in words:
+            found.append(" ".join(words))
+    return found
+
+
 def test_a_host_that_fails_is_the_failure(inputs, ssh, tmp_path):
     words = ("--python=/bin/false", "--no-preflight")
     done = subprocess.run(

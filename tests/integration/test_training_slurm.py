@@ -95,7 +95,8 @@ def runs(inputs, cluster, tmp_path_factory) -> Runs:
 @pytest.fixture(scope="module")
 def undisturbed(runs) -> Path:
     """Model of two processes that the script starts here, without slurm."""
-    runs.call(runs.command("here", "--here", "--processes=2", f"--port={free_port()}"))
+    words = ("--here", "--processes=2", "--no-preflight", f"--port={free_port()}")
+    runs.call(runs.command("here", *words))
     return runs.runs / "here" / "model"
 
 
@@ -120,7 +121,7 @@ def test_four_nodes_are_checked_and_train_to_the_end(runs):
     assert "all-to-all of tokens (ep): slowest" in table
     logs = sorted((runs.runs / "whole" / "logs").glob("rank_*.log"))
     assert [path.name for path in logs] == [f"rank_{rank:05}.log" for rank in range(4)]
-    assert "step 18/18" in logs[0].read_text()
+    assert "step 12/12" in logs[0].read_text()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     command += ["-m", "megatron_dsv3.cli", "train", str(runs.inputs / "job.yaml")]
     peer = runs.runs / "peer"
@@ -207,6 +208,24 @@ def _process_of_rank(rank: int, run: Path) -> int:
         if str(run / "job.yaml") in words and f"RANK={rank}" in environment:
             found.append(int(place.name))
     return min(found)
+
+
+def test_a_node_that_cannot_start_is_named_and_a_spare_takes_its_place(runs, undisturbed):
+    python = runs.runs / "python_but_on_node1"
+    python.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" != node1 ] || exit 1\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    words = ("--nodes=1", "--processes=2", f"--python={python}", "--sbatch=--nodelist=node1")
+    alone = runs.submit("alone", *words)
+    assert runs.wait_until_over(alone, "alone") == "FAILED"
+    assert "pre-flight: none of node1 reported anything" in runs.log("alone")
+    assert "Placement" not in runs.log("alone")
+    job = runs.submit("spare", *words, "--spares=1")
+    assert runs.wait_until_over(job, "spare") == "COMPLETED", runs.log("spare")[-6000:]
+    assert "node1" in runs.log("spare")
+    assert "reported nothing; see what it wrote to the log" in runs.log("spare")
+    runs.assert_same("spare", undisturbed)
 
 
 def test_more_nodes_than_there_are_are_refused_by_slurm(runs):

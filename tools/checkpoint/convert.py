@@ -14,12 +14,13 @@ from rich.console import Console
 
 from megatron_dsv3.cli import user_errors
 from megatron_dsv3.commands import convert
+from megatron_dsv3.convert.memory import PeakMeter
 
 
 def main() -> None:
     """Converts what is named on the command line."""
     arguments = _parser().parse_args()
-    with user_errors():
+    with user_errors(), PeakMeter() as memory:
         resources = convert.resources(
             max_memory=arguments.max_memory,
             workers=arguments.workers,
@@ -27,7 +28,7 @@ def main() -> None:
             num_nodes=arguments.num_nodes,
             finalize=arguments.finalize,
         )
-        convert.run(_direction(arguments), arguments.out, resources, Console())
+        convert.run(_direction(arguments), arguments.out, resources, Console(), memory)
 
 
 def _direction(arguments: argparse.Namespace) -> convert.Direction:

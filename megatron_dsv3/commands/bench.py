@@ -1,0 +1,307 @@
+"""`megatron-dsv3 bench`: the real training step on this machine's GPU, timed case by case."""
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
+from megatron_dsv3.config.kernels import KernelsSection
+from megatron_dsv3.config.parallel import Parallel
+from megatron_dsv3.config.sections import MemorySection, OptimizerSection, PrecisionSection
+from megatron_dsv3.model.groups import Groups, device_of, start, stop
+from megatron_dsv3.train import bench
+from megatron_dsv3.train.bench import Case, Measured, slice_of_v3
+from megatron_dsv3.train.kernel_kinds import profile_step
+
+FP8 = PrecisionSection(fp8="blockwise")
+TENSORWISE = PrecisionSection(fp8="tensorwise")
+FP8_PARAMS = PrecisionSection(fp8="blockwise", fp8_params=True)
+BF16_MOMENTS = OptimizerSection(moments="bf16")
+FULL = MemorySection(recompute="full")
+SELECTIVE = MemorySection(recompute="selective")
+WIDE = MemorySection(
+    recompute="selective",
+    recompute_modules=("mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"),
+)
+PLAIN = KernelsSection(fused_rope=False, dense_single_documents=False)
+PACKED = KernelsSection(dense_single_documents=False)
+FUSED_LOSS = KernelsSection(fused_loss=True)
+FULL_VOCABULARY = slice_of_v3(vocab_size=129280)
+BF16_STATES = OptimizerSection(moments="bf16", gradients="bf16")
+
+
+def _whole(num_layers: int) -> Architecture:
+    """A whole model of DeepSeek-V3's shape, heads, words and MTP, for one card."""
+    return replace(
+        DEEPSEEK_V3,
+        num_layers=num_layers,
+        num_dense_layers=1,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        moe_ffn_hidden_size=768,
+        num_heads=16,
+        q_lora_rank=768,
+        num_experts=64,
+    )
+
+
+CASES = [
+    Case(name="bf16 1x4k"),
+    Case(name="bf16 1x4k plain kernels", kernels=PLAIN),
+    Case(name="bf16 4x4k", num_micro_batches=4),
+    Case(name="bf16 4x4k plain kernels", num_micro_batches=4, kernels=PLAIN),
+    Case(name="bf16 4x4k packed attention", num_micro_batches=4, kernels=PACKED),
+    Case(name="bf16 4x4k fused loss", num_micro_batches=4, kernels=FUSED_LOSS),
+    Case(name="fp8 1x4k", precision=FP8),
+    Case(name="fp8 4x4k", precision=FP8, num_micro_batches=4),
+    Case(name="fp8 8x4k", precision=FP8, num_micro_batches=8),
+    Case(name="fp8 2x(2x4k)", precision=FP8, num_micro_batches=2, num_documents=2),
+    Case(name="fp8 1x(4x4k)", precision=FP8, num_documents=4, memory=SELECTIVE),
+    Case(name="fp8 4x4k selective", precision=FP8, num_micro_batches=4, memory=SELECTIVE),
+    Case(name="fp8 4x4k full", precision=FP8, num_micro_batches=4, memory=FULL),
+    Case(name="bf16 4x4k moments bf16", num_micro_batches=4, optimizer=BF16_MOMENTS),
+    Case(name="tensorwise 4x4k", precision=TENSORWISE, num_micro_batches=4),
+    Case(
+        name="fp8 params 4x4k moments bf16",
+        precision=FP8_PARAMS, num_micro_batches=4, optimizer=BF16_MOMENTS,
+    ),
+    Case(name="fp8 2x8k", precision=FP8, num_micro_batches=2, document_length=8192),
+    Case(
+        name="bf16 32k packed full", num_documents=8, memory=FULL, optimizer=BF16_MOMENTS,
+    ),
+    Case(
+        name="bf16 32k one document full",
+        document_length=32768, memory=FULL, optimizer=BF16_MOMENTS,
+    ),
+    Case(
+        name="bf16 4x4k vocabulary 129k",
+        arch=FULL_VOCABULARY, num_micro_batches=4, memory=SELECTIVE, optimizer=BF16_MOMENTS,
+    ),
+    Case(
+        name="bf16 4x4k vocabulary 129k fused loss", kernels=FUSED_LOSS,
+        arch=FULL_VOCABULARY, num_micro_batches=4, memory=SELECTIVE, optimizer=BF16_MOMENTS,
+    ),
+    *(
+        Case(
+            name=f"whole model of {billions} B", arch=_whole(num_layers), num_micro_batches=4,
+            memory=FULL, optimizer=BF16_STATES, kernels=FUSED_LOSS,
+        )
+        for num_layers, billions in ((18, 6.3), (20, 7.0), (22, 7.6))
+    ),
+]  # fmt: skip
+
+Runs = Mapping[str, Callable[[Groups, int], Measured]]
+"""What measures a case, by its name, in so many steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to measure, and where to write it."""
+
+    only: Sequence[str] = ()
+    """Names of cases, `*` for any part of one; none: all."""
+    steps: int = 10
+    """Measured after the warm-up."""
+    profile: Sequence[str] = ()
+    """Names of cases of which one step is taken apart by kind of kernel."""
+    json: Path | None = None
+    picture: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Of one run on one card."""
+
+    about: Mapping[str, Any]
+    """Device, versions, the roof."""
+    measured: Sequence[Measured]
+    failed: Mapping[str, str]
+    """Why a case could not be measured, by its name."""
+    profiles: Mapping[str, Mapping[str, float]]
+    """Milliseconds by kind of kernel."""
+
+
+def run(request: Request, console: Console, *, peers: Runs | None = None) -> Results:
+    """Measures, shows and writes.
+
+    Args:
+        request: What to measure.
+        console: One line a case, as it is done, and a table at the end.
+        peers: Other trainers of the same slice, measured after the cases.
+
+    Raises:
+        ValueError: A name fits no case, or there is no GPU.
+    """
+    runs = {**case_runs(CASES), **(peers or {})}
+    chosen = choose(runs, request.only)
+    profiled = {case.name: case for case in CASES if case.name in choose(runs, request.profile)}
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "no GPU is visible: the cases are slices of DeepSeek-V3 for a card of 80 GB; "
+            "`python benchmarks/layouts.py` trains a small model on CPUs"
+        )
+    for path in filter(None, (request.json, request.picture)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    groups = start(Parallel(), device_of("cuda"))
+    try:
+        results = measure(
+            {name: runs[name] for name in chosen},
+            profiled if request.profile else {},
+            groups,
+            request.steps,
+            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
+    finally:
+        stop()
+    console.print(_table(results))
+    if request.json:
+        request.json.write_text(json.dumps(asdict(results), indent=1) + "\n")
+    if request.picture:
+        draw(results, request.picture)
+    return results
+
+
+def case_runs(cases: Sequence[Case]) -> Runs:
+    """Each case measured by itself."""
+    return {case.name: partial(_measure, case) for case in cases}
+
+
+def _measure(case: Case, groups: Groups, num_steps: int) -> Measured:
+    return bench.measure(case, groups, num_steps=num_steps)
+
+
+def choose(names: Mapping[str, Any], patterns: Sequence[str]) -> list[str]:
+    """The names that fit any pattern, in their own order; all where there is no pattern.
+
+    Raises:
+        ValueError: A pattern fits none.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"no case is called {pattern!r}; there are: {', '.join(names)}")
+    return [name for name in names if not patterns or any(fnmatchcase(name, p) for p in patterns)]
+
+
+def measure(
+    runs: Runs,
+    profiled: Mapping[str, Case],
+    groups: Groups,
+    num_steps: int,
+    tell: Callable[[str], None],
+) -> Results:
+    """Case by case; one that fails (out of memory) costs none of the others."""
+    roof = bench.gemm_roof_tflops(groups.device) if groups.device.type == "cuda" else 0.0
+    measured, failed, profiles = [], {}, {}
+    for name, measure_one in runs.items():
+        try:
+            measured.append(replace(measure_one(groups, num_steps), name=name))
+            tell(line(measured[-1], roof))
+        except Exception as error:  # whatever kernels and libraries raise
+            failed[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            tell(f"{name:36} failed: {failed[name][:150]}")
+        bench.release()
+    for name, case in profiled.items():
+        prepared = bench.prepare(case, groups)
+        profiles[name] = profile_step(prepared)
+        bench.free(prepared.step.chunks, prepared.step.optimizer)
+        bench.release()
+    return Results(about(groups.device, roof), measured, failed, profiles)
+
+
+def about(device: torch.device, roof: float) -> dict[str, Any]:
+    """What the figures were taken on."""
+    names = ("torch", "megatron-core", "transformer-engine")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "python": platform.python_version(),
+        "bf16_gemm_roof_tflops": roof,
+        **{name: _version(name) for name in names},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ModuleNotFoundError:  # PackageNotFoundError is one
+        return "not installed"
+
+
+def line(got: Measured, roof: float) -> str:
+    """One case in one line."""
+    share = f" {got.tflops / roof:6.1%} of the roof" if roof else ""
+    return (
+        f"{got.name:36} {got.step_ms:7.1f} ms (+-{got.spread_ms:5.1f}) "
+        f"{got.tokens_per_second:9,.0f} tokens/s {got.tflops:6.1f} TFLOP/s{share} "
+        f"{got.peak_gib:5.1f} GiB"
+    )
+
+
+def _table(results: Results) -> Table:
+    roof = results.about["bf16_gemm_roof_tflops"]
+    table = Table(title=f"{results.about['device']}, bf16 GEMM roof {roof:.0f} TFLOP/s")
+    table.add_column("case")
+    for title in ("ms a step", "tokens/s", "TFLOP/s", "MFU of the roof", "peak GiB"):
+        table.add_column(title, justify="right")
+    for got in results.measured:
+        table.add_row(
+            got.name,
+            f"{got.step_ms:.1f}",
+            f"{got.tokens_per_second:,.0f}",
+            f"{got.tflops:.0f}",
+            f"{got.tflops / roof:.1%}" if roof else "",
+            f"{got.peak_gib:.1f}",
+        )
+    for name, kinds in results.profiles.items():
+        whole = sum(kinds.values())
+        table.add_section()
+        table.add_row(f"{name}: on the GPU", f"{whole:.1f}")
+        for kind, ms in kinds.items():
+            table.add_row(f"  {kind}", f"{ms:.1f}", f"{ms / whole:.1%}" if whole else "")
+    return table
+
+
+def draw(results: Results, path: Path) -> None:
+    """Tokens/s of every case, and beside it the profiles."""
+    import matplotlib.pyplot as plt  # a second and 100 MB that only a picture needs
+
+    panels = 2 if results.profiles else 1
+    height = 1.5 + 0.32 * max(len(results.measured), 4)
+    figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, height), layout="constrained")
+    bars = axes[0] if panels == 2 else axes
+    names = [got.name for got in results.measured]
+    bars.barh(names, [got.tokens_per_second for got in results.measured], color="#1f6fb2")
+    for row, got in enumerate(results.measured):
+        label = f"  {got.step_ms:.0f} ms, {got.peak_gib:.0f} GiB"
+        bars.text(got.tokens_per_second, row, label, va="center", fontsize=8)
+    bars.invert_yaxis()
+    bars.margins(x=0.25)
+    bars.set(xlabel="tokens/s", title=results.about["device"])
+    if results.profiles:
+        stacked(axes[1], results.profiles)
+    for one in [bars, *([axes[1]] if panels == 2 else [])]:
+        one.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def stacked(axes: Any, profiles: Mapping[str, Mapping[str, float]]) -> None:
+    """One stacked bar a profile."""
+    kinds = list(dict.fromkeys(kind for profile in profiles.values() for kind in profile))
+    left = dict.fromkeys(profiles, 0.0)
+    for kind in kinds:
+        widths = [profiles[name].get(kind, 0.0) for name in profiles]
+        axes.barh(list(profiles), widths, left=list(left.values()), label=kind, height=0.5)
+        left = {name: left[name] + profiles[name].get(kind, 0.0) for name in profiles}
+    axes.invert_yaxis()
+    axes.set(xlabel="ms on the GPU, one step", title="by kind of kernel")
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
