@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -105,8 +104,6 @@ def plan_of(question: Question, console: Console) -> Plan:
     kernels = load_kernels(question.cluster.card, question.kernels)
     step = Speed(question.cluster, kernels).step(workload)
     columns = (TextColumn("stages"), BarColumn(), MofNCompleteColumn())
-    # Nothing is computed: there is nothing that compiling would make faster.
-    torch._dynamo.config.disable = True
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("stages", total=workload.parallel.pp_size)
         stages = count_memory(

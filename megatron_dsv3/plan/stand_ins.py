@@ -222,6 +222,8 @@ def kernels() -> Iterator[None]:
         (mcore_random, {"_share_storage_ext": SimpleNamespace(share_storage=_share_storage)}),
     ]
     with ExitStack() as stack:
+        # Nothing is computed: there is nothing that compiling would make faster.
+        stack.enter_context(torch._dynamo.config.patch(disable=True))
         for module, values in names:
             stack.enter_context(patch.multiple(module, create=True, **values))
         yield
