@@ -17,7 +17,13 @@ from megatron_dsv3.model.build import build_chunks, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import SharedError
 from megatron_dsv3.train import optimizer as module
-from megatron_dsv3.train.optimizer import NonFiniteError, build_optimizer, build_schedule, update
+from megatron_dsv3.train.optimizer import (
+    NonFiniteError,
+    build_optimizer,
+    build_schedule,
+    optimizer_config,
+    update,
+)
 
 ARCH = replace(
     DEEPSEEK_V3, vocab_size=64, hidden_size=32, num_layers=2, num_dense_layers=1, num_heads=2,
@@ -208,10 +214,9 @@ def test_masters_of_bf16_weights_are_fp32(groups):
 def test_states_are_kept_as_the_job_says(monkeypatch, section, expected):
     """A GPU's business: Megatron-Core refuses some of it without Transformer Engine."""
     monkeypatch.setattr(module, "OptimizerConfig", dict)
-    monkeypatch.setattr(module, "get_megatron_optimizer", lambda config, _: config)
-    chunk = SimpleNamespace(config=SimpleNamespace(fp8=None, fp8_recipe=None))
-    config = build_optimizer(OptimizerSection(**section), [chunk], dtype=torch.bfloat16)
-    default = build_optimizer(OptimizerSection(), [chunk], dtype=torch.bfloat16)
+    model = SimpleNamespace(fp8=None, fp8_recipe=None)
+    config = optimizer_config(OptimizerSection(**section), model, dtype=torch.bfloat16)
+    default = optimizer_config(OptimizerSection(), model, dtype=torch.bfloat16)
     assert {k: v for k, v in config.items() if k not in default or v != default[k]} == expected
 
 

@@ -277,8 +277,11 @@ def test_a_server_is_started_asked_and_ended_with_all_its_children(run, port, tm
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_model_loads_ends_cleanly(run, tmp_path, number):
+    # Whoever started the tests with nohup has SIGHUP ignored, and children inherit that.
+    before = signal.signal(number, signal.SIG_DFL)
     pids = tmp_path / "pids"
     process = run("--fake-load-seconds", "100", "--fake-pids", str(pids))
+    signal.signal(number, before)
     _until(process, "vllm.entrypoints")
     while not pids.exists() or not pids.read_text():
         time.sleep(0.05)

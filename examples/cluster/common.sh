@@ -223,7 +223,7 @@ warned() {
         trap - USR1 TERM
         while kill -0 "$child" 2>/dev/null; do
             pass_on "$child"
-            sleep 5
+            sleep 2
         done
     ) &
     reminder=$!

@@ -57,6 +57,7 @@ def search(
     imbalance: Annotated[
         float, typer.Option(help="Tokens of the busiest rank's experts, over the mean.", min=1)
     ] = 1.2,
+    spare: Annotated[float, typer.Option(help="GiB of each card to leave free.", min=0)] = 3.0,
     top: Annotated[int, typer.Option(help="Layouts to show.", min=1)] = 6,
     count: Annotated[
         bool, typer.Option(help="Count the memory of the best on the whole model's stages.")
@@ -96,6 +97,7 @@ def search(
         states=allowed_states(moments=moments, offload=offload, bf16_gradients=bf16_gradients),
         recompute=tuple(RECOMPUTE),
         imbalance=imbalance,
+        spare_gib=spare,
         top=top,
         explain=explain,
         kernels=kernels,

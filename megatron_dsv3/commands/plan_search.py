@@ -40,6 +40,7 @@ class Options:
     states: tuple[str, ...]
     recompute: tuple[str, ...]
     imbalance: float = 1.2
+    spare_gib: float = 3.0
     top: int = 8
     explain: bool = False
     kernels: Path | None = None
@@ -96,6 +97,7 @@ def _request(options: Options, arch: Architecture, cluster: Cluster) -> Request:
         states=options.states,
         recompute=options.recompute,
         imbalance=options.imbalance,
+        spare_gib=options.spare_gib,
     )
     if options.seq_length > arch.max_position_embeddings:
         raise ValueError(

@@ -5,6 +5,7 @@ of its parameters is stored; the table says which HF tensors make up the paramet
 imported by a process of its own, whose memory is gone before the first tensor is read.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def layouts(arch: Architecture) -> list[MegatronLayout]:
 
 
 def _layouts(arch: Architecture) -> list[MegatronLayout]:
+    # A machine with GPUs is one without them here: nothing of theirs is needed or taken.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_dsv3.model import cpu
     from megatron_dsv3.model.build import build_chunks
     from megatron_dsv3.model.config import mcore_config

@@ -88,6 +88,8 @@ class Request:
     recompute: tuple[str, ...] = tuple(RECOMPUTE)
     """Sets of `RECOMPUTE` that are allowed."""
     imbalance: float = 1.2
+    spare_gib: float = 3.0
+    """Of each card, left free: what is counted is within some percent of what is measured."""
 
     @property
     def world_size(self) -> int:

@@ -29,6 +29,8 @@ MOST_COUNTED = 6
 MOST_NODES = 512
 SLACK_GIB = 1.5
 """A card: layouts that lack no more by the sift are looked at with counted units as well."""
+COUNT_ERROR_GIB = 0.5
+"""By which the count of a whole stage may exceed the sum of its units."""
 MOST_LOOKED_AT = 4
 """Layouts with counted units, before it is said that nothing fits."""
 
@@ -128,7 +130,7 @@ def search(
     found, failed = _best(promising, request, speed, top)
     missing += failed
     if exact is not None:
-        found = _counted(found, exact)
+        found = _counted(found, request, exact)
     if not found:
         raise ValueError(what_is_missing(request, missing))
     on_progress(len(everything), len(everything))
@@ -210,10 +212,10 @@ def _first_rung(layout: Layout, request: Request, model: _Model, *, slack: float
         states = model.states(layout.with_states(name))
         if _host_lacks(states, request.cluster) > 0:
             continue
-        short = _lacks(states, [], layout.workload, request.cluster)
+        short = _lacks(states, [], layout.workload, request)
         if short <= slack:
             activations = activations or model.activations(layout.workload)
-            short = _lacks(states, activations, layout.workload, request.cluster)
+            short = _lacks(states, activations, layout.workload, request)
         if short <= slack:
             return _Rung(name, 0.0)
         lacks = min(lacks, short)
@@ -227,7 +229,7 @@ def _lacks_at_least(layout: Layout, request: Request, model: _Model) -> float:
     for name in request.states:
         states = model.states(layout.with_states(name))
         if _host_lacks(states, request.cluster) <= 0:
-            lacks = min(lacks, _lacks(states, activations, layout.workload, request.cluster))
+            lacks = min(lacks, _lacks(states, activations, layout.workload, request))
     return lacks
 
 
@@ -247,7 +249,7 @@ def _lacks(
     states: Sequence[States],
     activations: Sequence[Activations],
     workload: Workload,
-    cluster: Cluster,
+    request: Request,
 ) -> float:
     """GiB that the fullest card lacks; negative: has left. Without activations, at least."""
     totals = [held.gpu for held in states]
@@ -255,7 +257,7 @@ def _lacks(
         pairs = zip(states, activations, strict=True)
         totals = [held.gpu + come.total for held, come in pairs]
     total = max(totals) * (1 + UNUSABLE) + buffers(workload)
-    return total / GIB - cluster.card.memory_gib
+    return total / GIB + request.spare_gib - request.cluster.card.memory_gib
 
 
 def _host_lacks(states: Sequence[States], cluster: Cluster) -> float:
@@ -314,11 +316,11 @@ def _found(layout: Layout, rung: str, request: Request, speed: Speed) -> Found:
     )
 
 
-def _counted(found: Sequence[Found], exact: MemoryModel) -> list[Found]:
+def _counted(found: Sequence[Found], request: Request, exact: MemoryModel) -> list[Found]:
     """From the first on whose counted memory fits, too; the others after it as they are."""
     for index, one in enumerate(found[:MOST_COUNTED]):
         plan = replace(one.plan, stages=tuple(exact(one.plan.workload)))
-        if plan.spare_gib >= 0:
+        if plan.spare_gib >= request.spare_gib - COUNT_ERROR_GIB:
             return [replace(one, plan=plan, counted=True), *found[index + 1 :]]
     return []
 

@@ -20,8 +20,24 @@ def build_optimizer(
     section: OptimizerSection, chunks: Sequence[DistributedDataParallel], *, dtype: torch.dtype
 ) -> Any:
     """The distributed optimizer: fp32 masters and moments, each held by one data-parallel rank."""
-    model = chunks[0].config
-    config = OptimizerConfig(
+    config = optimizer_config(section, chunks[0].config, dtype=dtype)
+    # The planner's ranks of a world that is not there have no groups on the host.
+    has_gloo = dist.get_backend() != "fake"
+    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=has_gloo)
+    for part in optimizer.chained_optimizers:
+        keep_masters_whole(part)
+    return optimizer
+
+
+def optimizer_config(section: OptimizerSection, model: Any, *, dtype: torch.dtype) -> Any:
+    """Megatron-Core's configuration of the optimizer.
+
+    Args:
+        section: Of the job.
+        model: The model's configuration, whose FP8 decides how masters reach the weights.
+        dtype: Of the weights.
+    """
+    return OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
         min_lr=0.0,
@@ -37,12 +53,6 @@ def build_optimizer(
         fp8_recipe=model.fp8_recipe if model.fp8 else None,
         **_states(section),
     )
-    # The planner's ranks of a world that is not there have no groups on the host.
-    has_gloo = dist.get_backend() != "fake"
-    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=has_gloo)
-    for part in optimizer.chained_optimizers:
-        keep_masters_whole(part)
-    return optimizer
 
 
 def _states(section: OptimizerSection) -> dict[str, Any]:
