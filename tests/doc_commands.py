@@ -135,7 +135,12 @@ def our_flags() -> set[str]:
         if path.suffix in (".py", ".sh")
     ]
     in_scripts = {flag for text in texts for flag in re.findall(r"--[a-z][a-z-]+", text)}
-    return in_scripts | {flag for command in leaves(CLI) for p in command.params for flag in p.opts}
+    return in_scripts | {
+        flag
+        for command in leaves(CLI)
+        for p in command.params
+        for flag in [*p.opts, *p.secondary_opts]
+    }
 
 
 def leaves(command) -> list:

@@ -23,6 +23,7 @@ FOLDERS = (
     "docs|examples|tools|tests|scripts|benchmarks|docker|megatron_dsv3|"
     "config|convert|data|model|train|serve|launch|plan|checkpoint|commands"
 )
+FILES = ("pkl", "py", "json", "yaml", "png", "sbatch")
 FILE = re.compile(rf"({FOLDERS})/[\w./-]+\.(py|sh|md|yaml|env|txt)")
 OTHERS = {
     "all": ("--help",),
@@ -142,7 +143,7 @@ def test_every_setting_that_is_named_exists(page):
         if (found := SETTING.match(word)) and not FILE.fullmatch(word)
     }
     wrong = named - SETTINGS - {name for name in named if name.startswith("model.layers")}
-    wrong -= {name for name in wrong if name.rpartition(".")[2] in ("pkl", "py", "json", "yaml")}
+    wrong -= {name for name in wrong if name.rpartition(".")[2] in FILES}
     assert not wrong
 
 
