@@ -49,6 +49,8 @@ USUAL_STATES = tuple(name for name in STATES if "gradients" not in name)
 """Without bf16 gradients, which lose what is small beside the sum: only where a user allows it."""
 TOKENS_PER_STEP = 2**22
 """Of a global batch, where the request does not say."""
+LARGEST_BATCH = 2.0
+"""Times `TOKENS_PER_STEP`, where a layout cannot divide that."""
 MAX_PP_SIZE = 32
 MICRO_BATCHES = (1, 2, 4)
 
@@ -154,7 +156,9 @@ def _num_micro_batches(request: Request, parallel: Parallel, micro_batch_size: i
     group = parallel.pp_size if parallel.vpp_size > 1 else 1
     if request.global_batch_size is None:
         rows = TOKENS_PER_STEP / request.seq_length
-        return max(1, round(rows / at_once / group)) * group
+        number = max(1, round(rows / at_once / group)) * group
+        # A larger batch hides a bubble, but is not what was asked for.
+        return number if number * at_once <= LARGEST_BATCH * rows else None
     whole, rest = divmod(request.global_batch_size, at_once)
     return None if rest or whole % group else whole
 
