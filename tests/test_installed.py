@@ -74,6 +74,12 @@ def test_the_command_works_outside_the_checkout(installed, tmp_path):
     assert "prepare" in call(command, "--help", cwd=tmp_path, path=installed)
 
 
+def test_no_file_of_the_package_is_left_behind(installed):
+    names = call("git", "ls-files", "megatron_dsv3", cwd=ROOT).split()
+    assert len(names) > 100
+    assert not [name for name in names if not (installed / name).is_file()]
+
+
 def test_examples_and_the_converter_come_with_it(installed, tmp_path):
     out = tmp_path / "mine"
     command = installed / "bin" / "megatron-dsv3"

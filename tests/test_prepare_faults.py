@@ -94,6 +94,12 @@ FAULTS = {
         0,
     ),
     "nested": (b'{"a": ' + b"[" * 200_000, "not JSON", ":1 (byte 0): nested too deeply", 0),
+    "key twice": (
+        b"[" + row() + b', {"messages": [{"role": "user", "content": "a", "content": "b"}]}]',
+        "not JSON",
+        f":2 (byte {len(row()) + 3}): the key 'content' stands twice in one object",
+        1,
+    ),
     "not UTF-8": (
         row() + b'\n{"messages": "\xff"}',
         "not UTF-8",
