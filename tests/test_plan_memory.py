@@ -70,7 +70,7 @@ def test_a_job_takes_the_memory_that_an_h100_measured(job):
 
 
 def test_states_between_steps_are_what_an_h100_measured():
-    for job in JOBS:
+    for job in JOBS[::4]:
         workload = measured_workload(job)
         (stage,) = count_memory(workload, build_optimizer)
         with built(workload, 0) as rank:

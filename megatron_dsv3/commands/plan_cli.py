@@ -155,6 +155,9 @@ def show(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say where every number is from.")
     ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write the figures to.")
+    ] = None,
 ) -> None:
     """Memory of every stage and time of a step of a job; counted on the model, without a GPU."""
     from megatron_dsv3.commands import plan_show as command
@@ -170,7 +173,7 @@ def show(
         kernels=kernels,
         num_samples=samples,
     )
-    command.show(question, Console(), origins=explain)
+    command.show(question, Console(), origins=explain, json_file=json_file)
 
 
 @plan.command("compare")

@@ -1,5 +1,6 @@
 """`megatron-dsv3 plan show` and `plan compare`: what a job takes, counted on the model itself."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -55,18 +56,23 @@ class Question:
     num_samples: int = 100_000
 
 
-def show(question: Question, console: Console, *, origins: bool = False) -> Plan:
+def show(
+    question: Question, console: Console, *, origins: bool = False, json_file: Path | None = None
+) -> Plan:
     """Prints the plan of a job.
 
     Args:
         question: The job, and where.
         console: For everything.
         origins: Say where every number is from.
+        json_file: Where to write the figures to as well.
 
     Raises:
         ValueError: The job cannot run so; with every reason.
     """
     plan = plan_of(question, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures(plan), indent=1) + "\n", encoding="utf-8")
     tell(console, _headline(plan))
     for table in (*memory_tables(plan), _step_table(plan.step)):
         console.print(table)
@@ -75,6 +81,25 @@ def show(question: Question, console: Console, *, origins: bool = False) -> Plan
     if origins:
         explain(plan, console)
     return plan
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """Of a plan, for other programs: GiB by stage, seconds of a step."""
+    step = plan.step
+    return {
+        "stages": [
+            {
+                "pp_rank": stage.pp_rank,
+                "allocated_gib": stage.allocated / GIB,
+                "total_gib": stage.total / GIB,
+                "states_gib": stage.states.gpu / GIB,
+            }
+            for stage in plan.stages
+        ],
+        "step_seconds": step.total,
+        "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+        "spare_gib": plan.spare_gib,
+    }
 
 
 def compare(questions: Sequence[Question], console: Console, *, names: Sequence[str]) -> None:

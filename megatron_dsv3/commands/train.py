@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from megatron_dsv3.commands import plan_job
 from megatron_dsv3.commands.assemble import Engine, build_engine, build_model, write_model
 from megatron_dsv3.commands.feed import Feed, data_problems, open_feed
 from megatron_dsv3.commands.keeping import keep
@@ -158,6 +159,7 @@ def _train_and_write(
     job = inputs.job
     tell = teller(console, groups)
     feed = inputs.open_feed(groups, console)
+    planning = plan_job.begin(job, groups)
     bridge = build_model(job, inputs.arch, groups, checkpoint=inputs.checkpoint)
     found = find_checkpoint(job, groups, tell)
     if found.path is None:
@@ -167,7 +169,9 @@ def _train_and_write(
         _verify_first(feed, engine, console)
     identity = inputs.identity(feed)
     done = resume(engine, found, identity, tell)
+    planned = plan_job.finish(planning, tell)
     records = _train(inputs, feed, identity, engine, done, console)
+    plan_job.tell_peaks(planned, groups, tell)
     for callback in on_end:
         callback(Trained(bridge.chunks, groups, records))
     drift = engine.step.experts.drift()

@@ -89,8 +89,11 @@ def parameters_of(chunks: tuple[Names, ...], arch: Architecture, cut: "Cut") -> 
     """Of one rank's chunks."""
     units = [unit_of(name, arch, cut) for names in chunks for name in names]
     shapes = {shape for unit in units for shape in unit.shapes}
+    # MTP layers have an embedding of their own only where the model's is in another chunk.
+    whole = sum({"embedding", "end"} <= set(names) for names in chunks)
+    twice = whole * bool(arch.num_mtp_layers) * unit_of("embedding", arch, cut).common
     return Parameters(
-        common=sum(unit.common for unit in units),
+        common=sum(unit.common for unit in units) - twice,
         experts=sum(unit.experts for unit in units),
         products=sum(unit.products for unit in units),
         empty=sum(math.prod(shape) for shape in shapes),
