@@ -203,7 +203,7 @@ def _process_of_rank(rank: int, run: Path) -> int:
         try:
             words = (place / "cmdline").read_text().split("\0")
             environment = (place / "environ").read_text().split("\0")
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:  # gone, or of somebody else
             continue
         if str(run / "job.yaml") in words and f"RANK={rank}" in environment:
             found.append(int(place.name))
@@ -216,12 +216,12 @@ def test_a_node_that_cannot_start_is_named_and_a_spare_takes_its_place(runs, und
         f'#!/bin/sh\n[ "$SLURMD_NODENAME" != node1 ] || exit 1\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    words = ("--nodes=1", "--processes=2", f"--python={python}", "--sbatch=--nodelist=node1")
-    alone = runs.submit("alone", *words)
+    words = ("--nodes=1", "--processes=2", f"--python={python}")
+    alone = runs.submit("alone", *words, "--sbatch=--nodelist=node1")
     assert runs.wait_until_over(alone, "alone") == "FAILED"
     assert "pre-flight: none of node1 reported anything" in runs.log("alone")
     assert "Placement" not in runs.log("alone")
-    job = runs.submit("spare", *words, "--spares=1")
+    job = runs.submit("spare", *words, "--spares=1", "--sbatch=--exclude=node[3-4]")
     assert runs.wait_until_over(job, "spare") == "COMPLETED", runs.log("spare")[-6000:]
     assert "node1" in runs.log("spare")
     assert "reported nothing; see what it wrote to the log" in runs.log("spare")
