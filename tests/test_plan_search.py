@@ -12,6 +12,7 @@ from megatron_dsv3.plan import sift
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.costs import costs
 from megatron_dsv3.plan.estimate import estimate
+from megatron_dsv3.plan.job_files import Inputs, job_of
 from megatron_dsv3.plan.kernels import load_kernels
 from megatron_dsv3.plan.layouts import RECOMPUTE, STATES, Request, allowed_states, layouts
 from megatron_dsv3.plan.records import GIB, Plan, Workload
@@ -174,10 +175,22 @@ def test_costs_are_worked_out_from_samples_and_bytes(result):
     assert total.days * 86400 == pytest.approx(
         tokens / plan.step.tokens_per_second_per_gpu / 128, rel=0.01
     )
-    # 682.6e9 numbers: weights, masters and moments of 14 bytes, 10 with bf16 moments.
-    each = 14 if plan.workload.optimizer.moments == "fp32" else 10
-    assert total.checkpoint_tb == pytest.approx(each * 0.6826, rel=0.01)
+    # 682.6e9 numbers: a weight, a master and two moments, which a checkpoint holds in fp32.
+    assert total.checkpoint_tb == pytest.approx(14 * 0.6826, rel=0.01)
     assert total.disk_tb > 3 * total.checkpoint_tb
+
+
+def test_saves_are_asynchronous_where_a_node_has_room_for_their_copy(result, tmp_path):
+    plan = result.found[0].plan
+    inputs = Inputs(
+        hf_dir=tmp_path, data=tmp_path / "chats.jsonl", is_store=False, out=tmp_path / "out"
+    )
+    copy_gib = 14 * 682.6e9 / (128 / 8) / 2**30
+    for room, expected in ((1.2, True), (0.8, False)):
+        memory = (plan.host_gib + copy_gib) / 0.9 * room
+        cluster = replace(plan.cluster, host_memory_gib=memory)
+        job = job_of(replace(plan, cluster=cluster), inputs)
+        assert job.checkpoint.asynchronous is expected
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from megatron_dsv3.config.counts import count_parameters
 from megatron_dsv3.plan.records import GIB, Plan
 
-MASTER_BYTES = 4
 WEIGHT_BYTES = 2
+STATE_BYTES = 12
+"""In a checkpoint: master and two moments, fp32 whatever they are in memory."""
+HOST_SHARE = 0.9
+"""Of a node's memory; the rest is the system's and the processes' own."""
 KEPT_CHECKPOINTS = 2
 """As `checkpoint.keep_last` has it; a third is there while it is written."""
 
@@ -22,7 +25,7 @@ class Costs:
     disk_tb: float
     """Checkpoints that are kept, the one under way, and the exported directory."""
     host_gib: float
-    """A node: states that live there and the copy of an asynchronous save."""
+    """A node: states that live there, and the copy of an asynchronous save where it has room."""
 
 
 def costs(plan: Plan, *, num_samples: int, num_epochs: int = 1) -> Costs:
@@ -32,15 +35,27 @@ def costs(plan: Plan, *, num_samples: int, num_epochs: int = 1) -> Costs:
     tokens = num_samples * num_epochs * length
     rows = work.micro_batch_size * work.num_micro_batches * work.parallel.dp_size(work.world_size)
     num_steps = max(1, round(tokens / (rows * work.seq_length)))
-    counts = count_parameters(work.arch)
-    numbers = counts.total + counts.mtp
-    moments = 8 if work.optimizer.moments == "fp32" else 4
-    checkpoint = numbers * (WEIGHT_BYTES + MASTER_BYTES + moments)
-    nodes = work.world_size / plan.cluster.gpus_per_node
+    numbers = _numbers(plan)
+    checkpoint = numbers * (WEIGHT_BYTES + STATE_BYTES)
     return Costs(
         num_steps=num_steps,
         days=num_steps * step.total / 86400,
         checkpoint_tb=checkpoint / 1e12,
         disk_tb=((KEPT_CHECKPOINTS + 1) * checkpoint + numbers * WEIGHT_BYTES) / 1e12,
-        host_gib=plan.host_gib + checkpoint / nodes / GIB,
+        host_gib=plan.host_gib + (_copy_gib(plan) if saves_meanwhile(plan) else 0.0),
     )
+
+
+def saves_meanwhile(plan: Plan) -> bool:
+    """Whether a node's memory holds the copy that an asynchronous save takes."""
+    return plan.host_gib + _copy_gib(plan) <= HOST_SHARE * plan.cluster.host_memory_gib
+
+
+def _copy_gib(plan: Plan) -> float:
+    nodes = plan.workload.world_size / plan.cluster.gpus_per_node
+    return _numbers(plan) * (WEIGHT_BYTES + STATE_BYTES) / nodes / GIB
+
+
+def _numbers(plan: Plan) -> int:
+    counts = count_parameters(plan.workload.arch)
+    return counts.total + counts.mtp

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megatron_dsv3.config.job import Job
 from megatron_dsv3.config.section import problem_lines
 from megatron_dsv3.config.yaml_file import dump_yaml
+from megatron_dsv3.plan.costs import saves_meanwhile
 from megatron_dsv3.plan.records import GIB, Plan
 
 JOB, PLACEMENT, SCRIPT = "job.yaml", "placement.txt", "train.sbatch"
@@ -52,6 +53,8 @@ def job_of(plan: Plan, inputs: Inputs) -> Job:
             "num_epochs": inputs.num_epochs,
         },
         "output": {"dir": str(inputs.out)},
+        # Beside offloaded states a node may have no room for the copy of a save.
+        "checkpoint": {"asynchronous": saves_meanwhile(plan)},
     }
     try:
         job = Job.model_validate(content)
