@@ -204,14 +204,18 @@ def _encode_texts(texts: Sequence[str], vocabulary: Vocabulary) -> Iterator[tupl
 
 
 def _encode_chunk(texts: list[str], vocabulary: Vocabulary) -> Iterator[Text]:
-    added_ids = frozenset(vocabulary.added.values())
+    above = max(vocabulary.added.values(), default=-1) + 1
+    is_added = np.zeros(above + 1, np.bool_)
+    is_added[list(vocabulary.added.values())] = True
     encodings = vocabulary.backend.encode_batch_fast(texts, add_special_tokens=False)
     for text, encoding in zip(texts, encodings, strict=True):
-        found = added_ids.intersection(ids := encoding.ids)
-        if found:
-            ids = [number for number, _ in _plain_tokens(text, vocabulary.backend)]
-        spelled = tuple(name for name, n in vocabulary.added.items() if n in found) if found else ()
-        yield Text(np.array(ids, np.int32), spelled)
+        ids, spelled = np.array(encoding.ids, np.int32), tuple[str, ...]()
+        if (added := is_added[np.minimum(ids, above)]).any():
+            found = frozenset(ids[added].tolist())
+            spelled = tuple(name for name, n in vocabulary.added.items() if n in found)
+            plain = [number for number, _ in _plain_tokens(text, vocabulary.backend)]
+            ids = np.array(plain, np.int32)
+        yield Text(ids, spelled)
 
 
 def _parts(text: str, backend: Any) -> Iterator[str]:
