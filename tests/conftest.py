@@ -79,12 +79,11 @@ def run(monkeypatch, capsys):
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := missing_for_gpu()):
         pytest.skip(reason)
+    # Set by the first backward pass of a process, to one shape inside a training step and to
+    # another outside; a second of the other kind fails then.
+    if (moe_utils := sys.modules.get("megatron.core.transformer.moe.moe_utils")) is not None:
+        moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     if item.get_closest_marker("gpu"):
-        # Set by the first backward pass of a process, to one shape inside a training step and to
-        # another outside; a second of the other kind fails then.
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         # Megatron-Core fixes a process's first choice of attention in these.
         for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
             os.environ.pop(name, None)

@@ -220,6 +220,8 @@ def kernels() -> Iterator[None]:
         (fused_bias_swiglu, {"swiglu": _half, "weighted_swiglu": _half, "swiglu_back": _like}),
         (fused_bias_swiglu, {"weighted_swiglu_back": _likes}),
         (mcore_random, {"_share_storage_ext": SimpleNamespace(share_storage=_share_storage)}),
+        # The first backward of a process sets it, to a shape that a training step's does not fit.
+        (moe_utils.MoEAuxLossAutoScaler, {"main_loss_backward_scale": None}),
     ]
     with ExitStack() as stack:
         # Nothing is computed: there is nothing that compiling would make faster.
