@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from environment import ROOT, run_within
 
+# Where apt puts daemons; not on the PATH of everyone who may start them.
+os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 HERE = Path(__file__).parent
 MODEL_SECONDS = 300
 
