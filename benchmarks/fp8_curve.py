@@ -128,7 +128,9 @@ def smooth(records: Sequence[StepRecord]) -> np.ndarray:
 
 def draw(curves: Mapping[str, Sequence[StepRecord]], picture: Path) -> None:
     """Averaged losses above, relative difference from the first run below."""
-    import matplotlib.pyplot as plt  # a machine with a card need not have it: draw elsewhere
+    # A machine with a card need not have it: draw elsewhere.
+    import matplotlib.pyplot as plt
+    from drawing import finish
 
     figure, (top, bottom) = plt.subplots(
         2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1), layout="constrained"
@@ -142,10 +144,7 @@ def draw(curves: Mapping[str, Sequence[StepRecord]], picture: Path) -> None:
     top.legend(frameon=False)
     bottom.axhspan(-1, 1, color="#9aa7b4", alpha=0.2, lw=0)
     bottom.set(xlabel="step", ylabel="difference\nfrom bf16, %")
-    for axes in (top, bottom):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=120)
+    finish(figure, (top, bottom), picture)
 
 
 if __name__ == "__main__":

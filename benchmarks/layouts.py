@@ -16,6 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from drawing import finish
 
 from megatron_dsv3.train.metrics import StepRecord, read_metrics
 
@@ -115,10 +116,7 @@ def draw(runs: Mapping[str, Sequence[StepRecord]], path: Path) -> None:
     top.set(ylabel="loss", title="The same training in three layouts, fp32 on CPUs")
     top.legend(frameon=False)
     bottom.set(xlabel="step", ylabel="relative difference\nfrom one process", ylim=(5e-10, 1e-3))
-    for axes in (top, bottom):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    finish(figure, (top, bottom), path)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,12 @@ def test_a_list_of_packages_that_is_old_is_fetched_anew(environment, monkeypatch
 
 
 def test_what_is_there_is_not_installed(environment, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    ran = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(environment, "run_within", lambda *_, **__: ran.append("apt-get"))
     environment.apt_install(("sh", "dash"), ("libc.so.6", "libc6"))
+    assert ran == []
+    assert not environment.POLICY.exists()
 
 
 def test_a_command_that_takes_too_long_is_ended_with_its_children(environment, tmp_path):

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from megatron_dsv3.config.architecture import Architecture
 
+CHECKPOINT_STATE_BYTES = 12
+"""A parameter's in a checkpoint besides its weight: master and two moments, fp32 whatever they are
+in memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCounts:

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dsv3.config.architecture import Architecture
-from megatron_dsv3.config.counts import count_parameters
+from megatron_dsv3.config.counts import CHECKPOINT_STATE_BYTES, count_parameters
 from megatron_dsv3.config.job import Job
 from megatron_dsv3.convert.hf_plan import plan_shards
 from megatron_dsv3.data.manifest import read_manifest
 
 _BYTES = {"bf16": 2, "fp32": 4}
-STATES = 12
-"""Bytes a parameter in a checkpoint besides its weight: fp32 master and two moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ def needs_of(job: Job, arch: Architecture) -> Needs:
     mtp = 0 if job.mtp.mode == "off" else counts.mtp
     trained = counts.total + mtp
     section, weight = job.checkpoint, _BYTES[job.precision.compute]
-    full = trained * (weight + STATES)
+    full = trained * (weight + CHECKPOINT_STATE_BYTES)
     steps = _num_steps(job)
     kept = 0
     if section.every_steps is not None:

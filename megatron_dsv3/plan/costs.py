@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-from megatron_dsv3.config.counts import count_parameters
+from megatron_dsv3.config.counts import CHECKPOINT_STATE_BYTES, count_parameters
 from megatron_dsv3.plan.records import GIB, Plan
 
 WEIGHT_BYTES = 2
-STATE_BYTES = 12
-"""In a checkpoint: master and two moments, fp32 whatever they are in memory."""
 HOST_SHARE = 0.9
 """Of a node's memory; the rest is the system's and the processes' own."""
 KEPT_CHECKPOINTS = 2
@@ -36,7 +34,7 @@ def costs(plan: Plan, *, num_samples: int, num_epochs: int = 1) -> Costs:
     rows = work.micro_batch_size * work.num_micro_batches * work.parallel.dp_size(work.world_size)
     num_steps = max(1, round(tokens / (rows * work.seq_length)))
     numbers = _numbers(plan)
-    checkpoint = numbers * (WEIGHT_BYTES + STATE_BYTES)
+    checkpoint = numbers * (WEIGHT_BYTES + CHECKPOINT_STATE_BYTES)
     return Costs(
         num_steps=num_steps,
         days=num_steps * step.total / 86400,
@@ -53,7 +51,7 @@ def saves_meanwhile(plan: Plan) -> bool:
 
 def _copy_gib(plan: Plan) -> float:
     nodes = plan.workload.world_size / plan.cluster.gpus_per_node
-    return _numbers(plan) * (WEIGHT_BYTES + STATE_BYTES) / nodes / GIB
+    return _numbers(plan) * (WEIGHT_BYTES + CHECKPOINT_STATE_BYTES) / nodes / GIB
 
 
 def _numbers(plan: Plan) -> int:

@@ -193,6 +193,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def command_lines(*words: str) -> list[str]:
+    """Of the processes that have all these words among their arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = path.read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if set(words) <= set(arguments):
+            found.append(" ".join(arguments))
+    return found
+
+
 def stand_in_ssh(folder: Path) -> str:
     """PATH with an ssh that runs here what it is told to run elsewhere, without the terminal."""
     folder.mkdir()

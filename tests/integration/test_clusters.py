@@ -18,6 +18,7 @@ from environment import (
     ROOT,
     SERVING,
     apt_install,
+    command_lines,
     free_port,
     read_until,
     run_within,
@@ -58,15 +59,7 @@ def _environment(**more: str) -> dict[str, str]:
 
 def _servers(hf_dir: Path) -> list[str]:
     """Command lines of processes that serve this directory."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_text().split("\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if str(hf_dir) in words and "vllm.entrypoints.cli.main" in words:
-            found.append(" ".join(words))
-    return found
+    return command_lines(str(hf_dir), "vllm.entrypoints.cli.main")
 
 
 def _check_and_follow_curl(log: str, url: str) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from environment import ROOT, apt_install, free_port, stand_in_ssh
+from environment import ROOT, apt_install, command_lines, free_port, stand_in_ssh
 from training import assert_same, write_inputs
 from training import options as own_options
 
@@ -82,7 +82,7 @@ def test_ctrl_c_ends_it_on_all_hosts(inputs, ssh, tmp_path):
         process = subprocess.Popen(command, stdout=log, stderr=log, env=ssh)
         try:
             end = time.monotonic() + 60
-            while not (ranks := _processes(tmp_path / "hosts" / "job.yaml")):
+            while not (ranks := command_lines(str(tmp_path / "hosts" / "job.yaml"))):
                 assert time.monotonic() < end, said.read_text()[-6000:]
                 time.sleep(0.2)
             assert ranks
@@ -90,20 +90,7 @@ def test_ctrl_c_ends_it_on_all_hosts(inputs, ssh, tmp_path):
             assert process.wait(120) == 130, said.read_text()[-6000:]
         finally:
             process.kill()
-    assert _processes(tmp_path / "hosts" / "job.yaml") == []
-
-
-def _processes(job: Path) -> list[str]:
-    """Command lines of ranks, and of what started them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_text().split("\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if str(job) in words:
-            found.append(" ".join(words))
-    return found
+    assert command_lines(str(tmp_path / "hosts" / "job.yaml")) == []
 
 
 def test_a_host_that_fails_is_the_failure(inputs, ssh, tmp_path):
