@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SLURM, PDSH = (ROOT / "examples" / f"train_dsv3_{name}.sh" for name in ("671b", "pdsh"))
 NODE = str(ROOT / "examples" / "cluster" / "node.sh")
-STARTS = ("sbatch ", "srun ", "bash ", "on_hosts ")
+STARTS = ("mkdir ", "cp ", "sbatch ", "srun ", "bash ", "on_hosts ")
 
 
 @pytest.fixture
@@ -44,11 +44,14 @@ def _after(words: list[str], word: str) -> str:
 
 
 def test_on_a_login_node_it_would_submit_itself(script, tmp_path):
-    code, lines, _ = script(SLURM, "--dry-run", "--sbatch", "--partition=h100", "optimizer.lr=1e-6")
-    assert code == 0
-    question, submit, report, choose, links, train = lines
+    words = ("--dry-run", "--sbatch", "--partition=h100", "optimizer.lr=1e-6")
+    code, lines, errors = script(SLURM, *words)
+    assert (code, errors) == (0, "")
+    mkdir, cp, question, submit, report, choose, links, train = lines
     assert question == [*submit[: len(question) - 2], "--test-only", str(SLURM)]
     run = tmp_path / "here" / "runs" / "sft-671b"
+    assert mkdir == ["mkdir", "-p", f"{run}/logs", f"{run}/preflight"]
+    assert cp == ["cp", str(ROOT / "examples" / "sft_671b.yaml"), f"{run}/job.yaml"]
     assert submit[0] == "sbatch"
     options = {"--nodes=32", "--gpus-per-node=8", "--requeue", "--signal=B:USR1@300", "--exclusive",
                "--open-mode=append", "--job-name=sft-671b", f"--output={run}/slurm-%j.log",
@@ -61,7 +64,7 @@ def test_on_a_login_node_it_would_submit_itself(script, tmp_path):
     for line in (report, links, train):
         assert {"--nodes=32", "--ntasks-per-node=1"} <= set(line)
     assert "--nodes=1" in choose
-    expected = ["-m", "megatron_dsv3.cli", "train", str(ROOT / "examples" / "sft_671b.yaml")]
+    expected = ["-m", "megatron_dsv3.cli", "train", f"{run}/job.yaml"]
     expected += [f"output.dir={run}/model", f"checkpoint.dir={run}/checkpoints"]
     assert train[train.index("ranks") + 2 :] == [
         *expected,
@@ -74,11 +77,13 @@ def test_on_a_login_node_it_would_submit_itself(script, tmp_path):
 def test_what_is_submitted_is_what_was_said(script):
     """The job's own words give the same options again, whatever variables it finds."""
     said = ["--dry-run", "--nodes", "4", "--spares=2", "--model", "/m/with space", "--no-preflight"]
-    _, [_, submit, train], _ = script(SLURM, *said, DSV3_GPUS_PER_NODE="4", DSV3_NAME="mine")
+    _, [_, copy, _, submit, train], _ = script(SLURM, *said, DSV3_GPUS_PER_NODE="4", DSV3_NAME="mine")
     assert {"--nodes=6", "--gpus-per-node=4", "--job-name=mine"} <= set(submit)
     assert "model.hf_dir=/m/with space" in train
     again = submit[submit.index(str(SLURM)) + 1 :]
-    _, [_, submit2, train2], _ = script(
+    # The file that the dry run has not copied.
+    again = [word.replace(copy[2], copy[1]) for word in again]
+    _, [*_, submit2, train2], _ = script(
         SLURM, "--dry-run", *again, DSV3_NAME="other", DSV3_NODES="9"
     )
     assert (submit2, train2) == (submit, train)
@@ -89,9 +94,9 @@ def test_data_is_a_store_or_chat_files(script, tmp_path):
     store.mkdir()
     (store / "manifest.json").write_text("{}")
     words = ("--dry-run", "--no-preflight", "--here", "--gpus-per-node=0")
-    _, [train], _ = script(SLURM, *words, "--data", str(store))
+    _, [*_, train], _ = script(SLURM, *words, "--data", str(store))
     assert {f"data.store={store}", "data.paths=[]"} <= set(train)
-    _, [train], _ = script(SLURM, *words, "--data", "/chats/it's.jsonl")
+    _, [*_, train], _ = script(SLURM, *words, "--data", "/chats/it's.jsonl")
     assert {"data.store=null", "data.paths=['/chats/it''s.jsonl']"} <= set(train)
 
 
@@ -133,7 +138,7 @@ def test_containers_get_what_they_need(script, container, expected):
         "/a:/b",
         *container,
     ]
-    code, [_, _, train], _ = script(SLURM, *words)
+    code, [*_, train], _ = script(SLURM, *words)
     assert code == 0
     places = [train.index(word) for word in expected]
     assert places == sorted(places)
@@ -183,7 +188,7 @@ def test_hosts_without_slurm_get_their_names(script):
     """pdsh or not: %h is the host's name, put in where the words reach it."""
     code, lines, errors = script(PDSH, "a,b", "--dry-run", "--no-preflight", "--gpus-per-node=2")
     assert code == 0, errors
-    [[function, hosts, remote]] = lines
+    [_, _, [function, hosts, remote]] = lines
     assert (function, hosts) == ("on_hosts", "a,b")
     words = shlex.split(remote)
     assert "DSV3_HOST=%h" in words

@@ -144,9 +144,8 @@ option_words() {
 
 # What is run is what was submitted, even if the file is edited while the job waits.
 make_run() {
-    [[ -z $dry_run ]] || return 0
-    mkdir -p "$run/logs" "$run/preflight"
-    [[ $(realpath "${opt[job]}") == "$(realpath -m "$run/job.yaml")" ]] || cp "${opt[job]}" "$run/job.yaml"
+    attend mkdir -p "$run/logs" "$run/preflight"
+    [[ $(realpath "${opt[job]}") == "$(realpath -m "$run/job.yaml")" ]] || attend cp "${opt[job]}" "$run/job.yaml"
     opt[job]=$run/job.yaml
 }
 
@@ -283,11 +282,11 @@ check_hosts() {
         local code=0
         launch "$hosts" ranks "$hosts" "${job[@]}" --step links --dir "$reports" --nodes "$hosts" \
             ${opt[floor]:+--floor="${opt[floor]}"} ${opt[floor_inside]:+--floor-inside="${opt[floor_inside]}"} || code=$?
-        [[ -n $dry_run || $code -ne 0 ]] || return 0
+        [[ $code -ne 0 ]] || return 0
         # Nodes with slow links have left a file; spares may take their place.
         [[ -z $stop ]] || return 0
         before=$slow slow=$(find "$reports" -name '*.slow' | wc -l)
-        [[ -z $dry_run && ${opt[spares]} -gt 0 && $slow -gt $before ]] || return "$code"
+        [[ ${opt[spares]} -gt 0 && $slow -gt $before ]] || return "$code"
     done
 }
 

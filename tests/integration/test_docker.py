@@ -5,6 +5,7 @@ environment copied in; in vLLM's place is a server that answers as it does. It s
 NVIDIA's or vLLM's image, GPUs, NCCL or Transformer Engine.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -128,13 +129,17 @@ def _build(
 
 def _pip_settings() -> str:
     """How pip reaches packages on this machine, its certificates among it, as a pip.conf."""
+    # `pip config get` asks one file; the list merges all, and the environment's come last.
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    values = {}
+    for line in done.stdout.splitlines():
+        name, value = line.split("=", maxsplit=1)
+        values[name.rpartition(".")[2]] = ast.literal_eval(value)
     lines = ["[global]"]
     for key in ("index-url", "extra-index-url", "trusted-host", "cert"):
-        command = [sys.executable, "-m", "pip", "config", "get", f"global.{key}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        value = os.environ.get(f"PIP_{key.upper().replace('-', '_')}") or done.stdout.strip()
-        if value and not value.startswith("file:"):
-            lines.append(f"{key} = {value}")
+        if key in values and not values[key].startswith("file:"):
+            lines.append(f"{key} = {values[key]}")
     return "\n".join(lines) + "\n"
 
 
