@@ -39,7 +39,7 @@ here=${DSV3_EXAMPLES:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
 source "$here/cluster/common.sh"
 
 submit() {
-    option_words
+    [[ -n $dry_run || ! -e $output ]] || die "$output: the model is written already; take another --name"
     export DSV3_EXAMPLES=$here
     local command=(sbatch --job-name="${opt[name]}" --nodes=$((opt[nodes] + opt[spares])) --ntasks-per-node=1
         --exclusive --mem=0 --requeue --signal="B:USR1@${opt[warn_seconds]}" --open-mode=append
@@ -49,6 +49,8 @@ submit() {
     command+=(${sbatch[@]+"${sbatch[@]}"})
     # Asked first, as slurm takes any job that depends on others: what it can never start is refused here.
     attend "${command[@]}" --test-only "$here/train_dsv3_671b.sh"
+    make_run
+    option_words
     # One job of a name at a time (singleton): two would write to the same folder.
     attend "${command[@]}" --dependency=singleton "$here/train_dsv3_671b.sh" "${words[@]}"
 }
@@ -130,7 +132,6 @@ main() {
         make_run
         in_allocation
     elif command -v sbatch >/dev/null; then
-        make_run
         submit
         show_what_follows
     else

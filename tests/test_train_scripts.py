@@ -47,7 +47,7 @@ def test_on_a_login_node_it_would_submit_itself(script, tmp_path):
     words = ("--dry-run", "--sbatch", "--partition=h100", "optimizer.lr=1e-6")
     code, lines, errors = script(SLURM, *words)
     assert (code, errors) == (0, "")
-    mkdir, cp, question, submit, report, choose, links, train = lines
+    question, mkdir, cp, submit, report, choose, links, train = lines
     assert question == [*submit[: len(question) - 2], "--test-only", str(SLURM)]
     run = tmp_path / "here" / "runs" / "sft-671b"
     assert mkdir == ["mkdir", "-p", f"{run}/logs", f"{run}/preflight"]
@@ -77,7 +77,7 @@ def test_on_a_login_node_it_would_submit_itself(script, tmp_path):
 def test_what_is_submitted_is_what_was_said(script):
     """The job's own words give the same options again, whatever variables it finds."""
     said = ["--dry-run", "--nodes", "4", "--spares=2", "--model", "/m/with space", "--no-preflight"]
-    _, [_, copy, _, submit, train], _ = script(SLURM, *said, DSV3_GPUS_PER_NODE="4", DSV3_NAME="mine")
+    _, [_, _, copy, submit, train], _ = script(SLURM, *said, DSV3_GPUS_PER_NODE="4", DSV3_NAME="mine")
     assert {"--nodes=6", "--gpus-per-node=4", "--job-name=mine"} <= set(submit)
     assert "model.hf_dir=/m/with space" in train
     again = submit[submit.index(str(SLURM)) + 1 :]
@@ -168,6 +168,15 @@ def test_mistakes_are_told_before_anything_is_made(script, words, said):
     code, _, errors = script(SLURM, *words)
     assert code == 2
     assert said in errors
+
+
+def test_neither_a_refused_job_nor_one_that_is_done_leaves_a_folder(script, tmp_path):
+    """The stand-in for sbatch refuses everything, and the fixture looks for leftovers."""
+    assert script(SLURM)[0] == 1
+    (tmp_path / "done").mkdir()
+    code, _, errors = script(SLURM, f"output.dir={tmp_path}/done")
+    assert code == 2
+    assert f"{tmp_path}/done: the model is written already; take another --name" in errors
 
 
 @pytest.mark.parametrize("path", [SLURM, PDSH])
