@@ -204,8 +204,9 @@ def test_every_page_can_be_reached_from_the_first():
     assert set(PAGES) <= seen
 
 
-def test_the_layout_names_every_file():
-    fences = Page.read(ROOT / "README.md").fences
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_layout_names_every_file(readme):
+    fences = Page.read(ROOT / readme).fences
     [layout] = [fence.text for fence in fences if fence.text.startswith("megatron_dsv3/\n")]
     listed = subprocess.run(
         ["git", "ls-files", "megatron_dsv3", "tools", "examples", "benchmarks", "scripts"],
@@ -215,7 +216,7 @@ def test_the_layout_names_every_file():
         check=True,
     ).stdout.split()
     files = {Path(line).name for line in listed if not line.endswith("__init__.py")}
-    words = set(re.findall(r"[\w.-]+", layout))
+    words = set(re.findall(r"[\w.-]+", layout, re.ASCII))
     assert not (missing := files - words), missing
 
 
