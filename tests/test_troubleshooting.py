@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from source_messages import FILLED, raised, texts
+from source_messages import FILLED, advised, found, raised, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_dsv3"
@@ -28,7 +28,8 @@ def listed(text: str) -> dict[str, str]:
 def test_every_message_is_listed_with_its_cause(page):
     text = page.read_text(encoding="utf-8")
     rows = listed(text)
-    missing = {text: file for text, file in in_package(raised).items() if text.rstrip() not in rows}
+    messages = in_package(raised) | in_package(advised) | in_package(found)
+    missing = {text: file for text, file in messages.items() if text.rstrip() not in rows}
     assert not missing, f"not in {page.relative_to(ROOT)}:\n" + "\n".join(
         f"  {file}: {text}" for text, file in missing.items()
     )
@@ -59,5 +60,13 @@ def test_a_new_message_and_a_changed_one_are_found(tmp_path):
     first, second = raised(tmp_path)
     assert first == "*: expected a door, got *; open it *".replace("*", FILLED)
     assert second == "no door in this house"
+    (tmp_path / "a.py").write_text(
+        '''"""Help; use it."""\nproblems.append(f"{name} is odd; use {even}" "!")\n'''
+        """way_out = "; use an even one"\ntyper.Option(help="Odd; use it.")\n"""
+    )
+    assert [*advised(tmp_path)] == [f"{FILLED} is odd; use {FILLED}!"]
+    (tmp_path / "serve").mkdir()
+    (tmp_path / "serve" / "a_check.py").write_text('what = listed("doors differ", doors)\n')
+    assert [*found(tmp_path)] == ["doors differ"]
     assert listed(f"## Messages\n| `{second}` | It is gone. |") == {second: "It is gone."}
     assert listed("## Messages\n| `` a `b` \\| c `` | d |") == {"a `b` | c": "d"}
