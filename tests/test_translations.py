@@ -19,13 +19,14 @@ TERMS = {"重算": "重计算", "下放": "卸载", "micro-batch": "微批次"}
 """Words for which the pages have settled on another."""
 
 pages = pytest.mark.parametrize("name", PAGES)
-all_pages = pytest.mark.parametrize("name", ["README.md", *PAGES])
+READMES = ("README.md", "docker/README.md")
+all_pages = pytest.mark.parametrize("name", [*READMES, *PAGES])
 
 
 def both(name: str) -> tuple[Page, Page]:
     """A page in English and in Chinese."""
-    if name == "README.md":
-        return Page.read(ROOT / name), Page.read(ROOT / "README_zh.md")
+    if name in READMES:
+        return Page.read(ROOT / name), Page.read((ROOT / name).with_stem("README_zh"))
     return Page.read(ROOT / "docs" / name), Page.read(CHINESE / name)
 
 
@@ -144,5 +145,6 @@ def code(text: str) -> list[str]:
 
 def targets(page: Page) -> set[str]:
     """Files that a page links to, by name; the page itself and its other language left out."""
-    names = {link.partition("#")[0].rpartition("/")[2] for link in page.links}
+    paths = (link.partition("#")[0].replace("README_zh", "README") for link in page.links)
+    names = {path.rpartition("/")[2] for path in paths}
     return names - {page.path.name, ""}
