@@ -10,6 +10,13 @@ ERRORS = {"ValueError", "FileNotFoundError", "RowError", "SharedError"}
 FILLED = "\N{HORIZONTAL ELLIPSIS}"
 FEWEST_LETTERS = 8
 """Less than that of fixed text is no message, as in f"{path}: {reason}"."""
+ADVICE = re.compile(
+    "; (?:add|allow|ask|change|choose|copy|delete|export|fetch|free|give|in a container|keep|leave|"
+    "lower|name|pip install|prepare|put|raise|remove|save|see|set|start|take|try|use|write)\\b"
+)
+"""A way out, as messages word it that are collected before they are raised or printed."""
+HELP = {"Option", "Argument"}
+"""Whose strings describe the command line."""
 
 
 def raised(root: Path) -> dict[str, str]:
@@ -31,6 +38,48 @@ def texts(root: Path) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant | ast.JoinedStr)
     }
+
+
+def advised(root: Path) -> dict[str, str]:
+    """Messages that name a way out, wherever they are made, each with its file.
+
+    One that begins with its way out is the end of another.
+    """
+    return {
+        text: path.relative_to(root).as_posix()
+        for path in sorted(root.rglob("*.py"))
+        for text in map(template, strings(ast.parse(path.read_text(encoding="utf-8"))))
+        if ADVICE.search(text) and not text.startswith(";")
+    }
+
+
+def strings(tree: ast.Module) -> Iterator[ast.expr]:
+    """Whole strings: no docstring, no part of an f-string, nothing of the command line's help."""
+    parts = {id(part) for node in ast.walk(tree) for part in unread(node)}
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if id(node) not in parts and (is_text or isinstance(node, ast.JoinedStr)):
+            yield node
+
+
+def unread(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.Expr):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        yield from node.values
+    elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in HELP:
+        yield from ast.walk(node)
+
+
+def found(root: Path) -> dict[str, str]:
+    """What the checks of a directory find (`what` in their code), each with its file."""
+    texts = {}
+    for path in sorted((root / "serve").glob("*_check.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "what":
+                value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
+                texts[template(value)] = path.relative_to(root).as_posix()
+    return texts
 
 
 def calls(root: Path) -> Iterator[tuple[str, ast.Call]]:

@@ -77,7 +77,9 @@ def test_on_a_login_node_it_would_submit_itself(script, tmp_path):
 def test_what_is_submitted_is_what_was_said(script):
     """The job's own words give the same options again, whatever variables it finds."""
     said = ["--dry-run", "--nodes", "4", "--spares=2", "--model", "/m/with space", "--no-preflight"]
-    _, [_, _, copy, submit, train], _ = script(SLURM, *said, DSV3_GPUS_PER_NODE="4", DSV3_NAME="mine")
+    _, [_, _, copy, submit, train], _ = script(
+        SLURM, *said, DSV3_GPUS_PER_NODE="4", DSV3_NAME="mine"
+    )
     assert {"--nodes=6", "--gpus-per-node=4", "--job-name=mine"} <= set(submit)
     assert "model.hf_dir=/m/with space" in train
     again = submit[submit.index(str(SLURM)) + 1 :]
