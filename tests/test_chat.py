@@ -147,6 +147,11 @@ def test_text_that_the_template_leaves_out_is_reported(tokenizer):
 
 # Ends of words with all that may follow them, and special tokens' text across them.
 CUTS = (
+    '{"k9":["v",{}]}',
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
+    "aGVs+bG8/d29y",
+    "e\u0301-x_.y",
+    "don't",
     "word a",
     "word\n\n b",
     "w  \n",
@@ -200,6 +205,14 @@ def test_a_long_text_is_cut_where_it_can_be(tokenizer, monkeypatch):
     words = "It is a word, 1234 of them.\n" * 200
     assert max(map(len, tokens._parts(words, backend))) <= 400
     assert list(tokens._parts("a" * 5000, backend)) == ["a" * 5000]
+    # What holds no space, and what comes after a stretch that cannot be cut.
+    for text in (
+        '{"a1":[1,{}],"b":2},' * 200,
+        "\u4f60\u597d\uff0c\u4e16\u754c\u3002" * 300,
+        "qT+9/" * 900,
+    ):
+        assert max(map(len, tokens._parts(text, backend))) <= 400
+    assert max(map(len, tokens._parts("a" * 2000 + words, backend))) <= 2600
 
 
 def test_a_text_that_comes_again_is_tokenised_once(tokenizer, monkeypatch):

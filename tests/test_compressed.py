@@ -47,8 +47,9 @@ def test_a_file_of_pzstd_begins_with_a_frame_to_be_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("packing", PACK)
-def test_whole_rows_before_a_cut_are_given(tmp_path, packing):
-    content = PACK[packing](LINES)
+@pytest.mark.parametrize("text", [LINES, json.dumps(ROWS).encode()], ids=["jsonl", "json"])
+def test_whole_rows_before_a_cut_are_given(tmp_path, packing, text):
+    content = PACK[packing](text)
     values, faults, source = read(tmp_path / "a", content[: len(content) * 2 // 3])
     assert 0 < len(values) < len(ROWS)
     assert values == ROWS[: len(values)]

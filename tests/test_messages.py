@@ -78,7 +78,7 @@ def test_expanding_gives_one_conversation_a_counted_turn():
     assert one == turns[:2]
     assert [turn.loss for turn in other] == [False] * 5 + [True]
     assert [turn.content for turn in other] == [turn.content for turn in turns[:6]]
-    assert expand_turns(parse_conversation([USER, silent])) == []
+    assert list(expand_turns(parse_conversation([USER, silent]))) == []
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,41 @@ def test_a_bomb_by_a_dictionary_is_refused_where_it_unfolds(tmp_path, monkeypatc
     assert len(rows) * 10_000 <= max(compressed.FREE_BYTES, 250 * size) < 2000 * 10_000
 
 
-def test_a_value_longer_than_a_row_may_be_is_refused(tmp_path, monkeypatch):
+def test_a_row_longer_than_a_row_may_be_is_a_fault_and_the_others_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_rows, "MAX_ROW_BYTES", 1000)
-    path = write(tmp_path / "a.parquet", [{"messages": "0" * 100_000}])
-    _, [fault] = read(path)
-    assert fault.reason == "longer than a row may be"
-    assert "expected at most 1000 bytes a row" in fault.message
+    monkeypatch.setattr(parquet_rows, "_TABLE_BYTES", 2000)
+    lengths = (1, 100_000, 2, 3, 900)
+    path = write(tmp_path / "a.parquet", [{"messages": "0" * n} for n in lengths])
+    rows, [fault] = read(path)
+    assert [(row.number, len(row.value["messages"])) for row in rows] == [
+        (1, 1),
+        (3, 2),
+        (4, 3),
+        (5, 900),
+    ]
+    assert (fault.reason, fault.ends_file) == ("longer than a row may be", False)
+    assert fault.message.startswith(f"{path}:2: a row of 1000")
+    assert fault.message.endswith("; expected at most 1000")
+
+
+def test_long_rows_go_to_workers_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_rows, "_TABLE_BYTES", 1000)
+    rows = [{"messages": "0" * (400 if i % 8 < 4 else 10)} for i in range(80)]
+    path = write(tmp_path / "a.parquet", rows)
+    items = list(Source(path).items())
+    assert [item.number for item in items[:6]] == [1, 2, 3, 4, 5, 9]
+    assert len(items) == 40 + 10
+    assert [row.value for row in read(path)[0]] == rows
+
+
+def test_pages_too_large_for_memory_are_refused_unread(tmp_path, monkeypatch):
+    """A page is unpacked whole; what the footer says of all pages together is no measure of it."""
+    monkeypatch.setattr(parquet_rows, "_MAX_PAGE_BYTES", 1 << 20)
+    rows = [{"messages": str(i) * 3000, "text": "x" * 9999} for i in range(400)]
+    options = {"use_dictionary": False, "row_group_size": 300}
+    small = write(tmp_path / "a", rows, write_batch_size=8, data_page_size=1 << 16, **options)
+    assert len(read(small)[0]) == 400
+    monkeypatch.setattr(parquet_rows, "_read", None)
+    _, [fault] = read(write(tmp_path / "b", rows, compression="none", **options))
+    assert (fault.reason, fault.ends_file) == ("pages too large", True)
+    assert f"{tmp_path / 'b'}: reading row group 0 takes 4" in fault.message

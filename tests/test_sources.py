@@ -100,7 +100,7 @@ def test_a_truncated_array_is_an_error_at_the_files_end(tmp_path, monkeypatch, c
     part = whole[: min(cut, len(whole) - 1)]
     path = write(tmp_path, part)
     if part[-1] == 0xC3:
-        problem = rf"byte {len(part) - 1}: expected UTF-8, got 0xc3 \(unexpected end of data\)"
+        problem = rf"byte {len(part) - 1}: the file ends inside a character; is it cut off"
     else:
         problem = rf"\(byte {len(part)}\): the file ends inside the array, at row \d; is it cut"
     with pytest.raises(ValueError, match=problem):
@@ -111,6 +111,21 @@ def test_the_rows_before_a_truncation_are_given_first(tmp_path):
     rows = read_rows(write(tmp_path, '[{"messages": 1}, {"mess'))
     assert next(rows).value == {"messages": 1}
     with pytest.raises(ValueError, match=r":1:25 \(byte 24\): .* at row 2"):
+        next(rows)
+
+
+@pytest.mark.parametrize("bad", [b"\xff", b"\xc3("])
+def test_the_rows_before_a_byte_that_is_not_utf8_are_given_first(tmp_path, bad):
+    rows = read_rows(write(tmp_path, b'[{"messages": 1}, {"messages": 2}, {"x": "' + bad + b'"}]'))
+    assert [next(rows).value["messages"] for _ in range(2)] == [1, 2]
+    with pytest.raises(ValueError, match=r"byte 42: expected UTF-8, got 0x.*; at row 3"):
+        next(rows)
+
+
+def test_half_a_character_behind_the_array_is_an_error(tmp_path):
+    rows = read_rows(write(tmp_path, b'[{"messages": 1}]\xc3'))
+    assert next(rows).value == {"messages": 1}
+    with pytest.raises(ValueError, match="byte 17: the file ends inside a character"):
         next(rows)
 
 
@@ -154,17 +169,17 @@ def test_a_row_without_an_end_stops_at_the_limit(tmp_path, monkeypatch, opening)
     [
         (
             '[{"messages": 1},\n {"messages": 1 "x": 2}, {"messages": "' + "x" * 60 + '"}]',
-            ":2:17 (byte 34): Expecting ',' delimiter",
+            ":2:17 (byte 34): Expecting ',' delimiter; at row 2",
         ),
         (
             '[{"messages": "\u00e9"},\n\n{"messages": \u00e9}, {"messages": "' + "x" * 60 + '"}]',
-            ":3:14 (byte 35): Expecting value",
+            ":3:14 (byte 35): Expecting value; at row 2",
         ),
         ('[{"messages": 1} {"messages": 2}]', ":1:18 (byte 17): expected ',' or ']' after row 1"),
         ('[{"messages": 1},]', ":1:18 (byte 17): Expecting value"),
         ('[{"messages": 1}] x', ":1:19 (byte 18): text after the array's closing bracket"),
         ('[{"messages": tru }]', ":1:15 (byte 14): Expecting value"),
-        ("[" * 200_000, ":1:2 (byte 1): nested too deeply"),
+        ("[" * 200_000, ":1:2 (byte 1): nested too deeply; at row 1"),
         ("[]", ": no rows in it; expected at least one object with messages"),
         ("", ": no rows in it; expected at least one object with messages"),
         (" \n\n", ": no rows in it; expected at least one object with messages"),
@@ -181,7 +196,10 @@ def test_a_row_without_an_end_stops_at_the_limit(tmp_path, monkeypatch, opening)
         ('{"messages": 1} {"messages": 2}', ":1:17 (byte 16): Extra data; expected one whole JSON"),
         ('{"messages": 1}\n{"a": ' + "[" * 200_000, ":2 (byte 16): nested too deeply"),
         (b'{"messages": 1}\n{"messages": "\xff"}', ":2: byte 30: expected UTF-8, got 0xff"),
-        (b'[{"messages": 1},\n{"messages": "\xff"}]', ": byte 32: expected UTF-8, got 0xff"),
+        (
+            b'[{"messages": 1},\n{"messages": "\xff"}]',
+            ": byte 32: expected UTF-8, got 0xff (invalid start byte); at row 2",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_the_place(tmp_path, monkeypatch, text, problem, chunk):

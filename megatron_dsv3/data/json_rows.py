@@ -10,6 +10,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from io import BufferedReader
 from typing import BinaryIO, NoReturn
 
 from megatron_dsv3.data.rows import (
@@ -47,7 +48,7 @@ def lines(file: BinaryIO, path: str, start: int) -> Iterator[Line | Fault]:
         start += len(line)
 
 
-def array_rows(file: BinaryIO, path: str, start: int) -> Iterator[Line]:
+def array_rows(file: BufferedReader, path: str, start: int) -> Iterator[Line]:
     """The elements of a JSON array as text; `start`: the file's position, in bytes.
 
     Raises:
@@ -71,7 +72,7 @@ def array_rows(file: BinaryIO, path: str, start: int) -> Iterator[Line]:
 class _Cursor:
     """A place in a JSON file: the text read ahead from there, and where that text begins."""
 
-    def __init__(self, file: BinaryIO, path: str, start: int) -> None:
+    def __init__(self, file: BufferedReader, path: str, start: int) -> None:
         self.file = file
         self.path = path
         self.text = ""
@@ -82,20 +83,50 @@ class _Cursor:
         self.mark = 0
         self.byte = start
         self.line, self.column = 1, 1
+        self.row_number = 0
+        self._fault: RowError | None = None
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._json = json.JSONDecoder()
 
     def read(self, num_bytes: int) -> None:
-        """Read on, and forget what lies behind; at the end of the file set `ended`."""
+        """Read on, and forget what lies behind; at the end of the file set `ended`.
+
+        What stands in the way waits until the text before it is used up: rows lie in it.
+        """
+        if (fault := self._fault) is not None:
+            raise RowError(fault.reason, f"{fault}; at row {self.row_number}") from None
         self._forget()
-        chunk = self.file.read(num_bytes)
+        chunk = self._chunk(num_bytes)
         self.num_read += len(chunk)
-        self.ended = not chunk
+        self.ended = not chunk and self._fault is None
         try:
             self.text += self._utf8.decode(chunk, final=self.ended)
         except UnicodeDecodeError as error:
-            byte = self.num_read - len(error.object) + error.start
-            raise RowError("not UTF-8", f"{self.path}: {not_utf8(byte, error)}") from None
+            self.text += error.object[: error.start].decode()
+            self._fault = self._not_text(error)
+            self.ended = False
+
+    def _not_text(self, error: UnicodeDecodeError) -> RowError:
+        byte = self.num_read - len(error.object) + error.start
+        if self.ended:
+            problem = f"byte {byte}: the file ends inside a character; is it cut off?"
+            return RowError("file cut off", f"{self.path}: {problem}")
+        return RowError("not UTF-8", f"{self.path}: {not_utf8(byte, error)}")
+
+    def _chunk(self, num_bytes: int) -> bytes:
+        """By pieces, so that an error of decompression takes none of those before it away."""
+        pieces: list[bytes] = []
+        while num_bytes > 0:
+            try:
+                piece = self.file.read1(num_bytes)
+            except RowError as error:
+                self._fault = error
+                break
+            if not piece:
+                break
+            pieces.append(piece)
+            num_bytes -= len(piece)
+        return b"".join(pieces)
 
     def _forget(self) -> None:
         self._move_mark()
@@ -139,6 +170,7 @@ class _Cursor:
         As text, not as it was decoded to find its end: that is less to send to a worker, and what
         is nested deeply can be decoded, but not pickled.
         """
+        self.row_number = number
         self.peek(number)
         # Bytes are counted on from here: from the chunk's start it would be as often as there are
         # rows in the chunk.
@@ -156,7 +188,7 @@ class _Cursor:
             except json.JSONDecodeError as error:
                 self._check_unfinished(error, number)
             except (RecursionError, ValueError) as error:
-                self.fail(self.position, unreadable(error))
+                self.fail(self.position, f"{unreadable(error)}; at row {number}")
             # As much again as there is: a long row is then parsed a few times, not once a chunk.
             self.read(max(_CHUNK_BYTES, len(self.text) - self.position))
 
@@ -167,7 +199,7 @@ class _Cursor:
         if self.ended and (in_string or any(word.startswith(rest) for word in _WORDS)):
             self.fail_truncated(row)
         if self.ended or (not in_string and len(rest) > _LONGEST_CUT):
-            self.fail(error.pos, error.msg)
+            self.fail(error.pos, f"{error.msg}; at row {row}")
         if len(self.text) - self.position > MAX_ROW_BYTES:
             self.fail(self.position, f"row {row} is longer than {MAX_ROW_BYTES} bytes")
 

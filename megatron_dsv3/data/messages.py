@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,13 +70,13 @@ def parse_conversation(messages: object, *, key: str = "messages") -> Conversati
     return conversation
 
 
-def expand_turns(conversation: Conversation) -> list[Conversation]:
+def expand_turns(conversation: Conversation) -> Iterator[Conversation]:
     """One conversation for each counted turn: it ends with that turn, and nothing else counts.
 
     With earlier reasoning stripped, every turn then trains on what it will see when served.
     """
     silent = [replace(message, loss=False) for message in conversation]
-    return [(*silent[:i], turn) for i, turn in enumerate(conversation) if turn.loss]
+    return ((*silent[:i], turn) for i, turn in enumerate(conversation) if turn.loss)
 
 
 def _parse_message(message: object, where: str) -> Message:

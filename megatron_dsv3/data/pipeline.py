@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from megatron_dsv3.data.rows import Fault, Item, Row, RowError, decode
 from megatron_dsv3.data.schemas import read_chat
 from megatron_dsv3.data.store import Spans, Tokens, spans_of
 from megatron_dsv3.data.templates import ChatTemplate
-from megatron_dsv3.data.tokens import Encoded, Text, Vocabulary, tokenize
+from megatron_dsv3.data.tokens import Encoded, Text, Vocabulary, check_words, tokenize
 
 _CHARACTERS_AT_A_TIME = 1 << 21
 
@@ -123,30 +124,45 @@ class Pipeline:
                 continue
             block.num_rows += 1
             try:
-                samples = list(self._render(row, block))
+                schema, conversation = read_chat(row.value)
+                _check_counted(conversation)
+                samples = self._samples(row, conversation)
             except RowError as error:
                 block.faults.append(Fault(error.reason, f"{row.place}: {error}"))
                 continue
+            block.schemas[schema] += 1
             yield from ((block.num_rows, name, rendered) for name, rendered in samples)
 
-    def _render(self, row: Row, block: Block) -> Iterator[tuple[str, Rendered]]:
-        schema, conversation = read_chat(row.value)
-        _check_counted(conversation)
-        history = self.options.history_reasoning
+    def _samples(self, row: Row, conversation: Conversation) -> Iterable[tuple[str, Rendered]]:
+        """All samples of a row, once it is known that all can be written.
+
+        An expanded row may be its length times its turns: only the first samples are kept from the
+        check, the others are written again when they are asked for.
+        """
+        if self.options.history_reasoning != "expand":
+            return [(row.source, self._write(conversation))]
+        first: list[tuple[str, Rendered]] = []
+        num_characters = 0
+        for turns in expand_turns(conversation):
+            rendered = self._write(turns)
+            num_characters += _length(rendered)
+            if num_characters <= _CHARACTERS_AT_A_TIME:
+                first.append((_name(row, turns), rendered))
+        others = islice(expand_turns(conversation), len(first), None)
+        return chain(first, ((_name(row, turns), self._write(turns)) for turns in others))
+
+    def _write(self, conversation: Conversation) -> Rendered:
+        keep = self.options.history_reasoning == "keep"
+        history: HistoryReasoning = "keep" if keep else "strip"
         try:
-            if history != "expand":
-                yield row.source, self._write(conversation, history)
+            if isinstance(self.template, OwnTemplate):
+                rendered = self.template.render(conversation, history_reasoning=history)
             else:
-                for turns in expand_turns(conversation):
-                    yield f"{row.source}#{len(turns) - 1}", self._write(turns, "strip")
+                rendered = render(conversation, self.template, history_reasoning=history)
         except ValueError as error:
             raise RowError("the template cannot write it", str(error)) from None
-        block.schemas[schema] += 1
-
-    def _write(self, conversation: Conversation, history: HistoryReasoning) -> Rendered:
-        if isinstance(self.template, OwnTemplate):
-            return self.template.render(conversation, history_reasoning=history)
-        return render(conversation, self.template, history_reasoning=history)
+        check_words(rendered, self.vocabulary)
+        return rendered
 
     def _add(self, name: str, encoded: Encoded, block: Block) -> bool:
         for part in encoded.dropped:
@@ -184,12 +200,20 @@ def _some_at_a_time[T: tuple[int, str, Rendered]](named: Iterable[T]) -> Iterato
     num_characters = 0
     for one in named:
         some.append(one)
-        num_characters += sum(len(s.piece) for s in one[2].spans if isinstance(s.piece, str))
+        num_characters += _length(one[2])
         if num_characters >= _CHARACTERS_AT_A_TIME:
             yield some
             some, num_characters = [], 0
     if some:
         yield some
+
+
+def _length(rendered: Rendered) -> int:
+    return sum(len(s.piece) for s in rendered.spans if isinstance(s.piece, str))
+
+
+def _name(row: Row, turns: Conversation) -> str:
+    return f"{row.source}#{len(turns) - 1}"
 
 
 def _check_counted(conversation: Conversation) -> None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from megatron_dsv3.data.chat import Dropped, HistoryReasoning, Rendered, Span, render
 from megatron_dsv3.data.messages import parse_conversation
+from megatron_dsv3.data.rows import RowError, shown
 from megatron_dsv3.data.templates import ChatTemplate, Special
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ Mask = npt.NDArray[np.bool_]
 
 _CHARACTERS_PER_CALL = 1 << 20
 _LONGEST_PART = 1 << 18
-# Where a long text may be cut, if the tokenizer agrees; how many are tried; how far it looks.
-_WORD_END = re.compile(r"\w(?=[ \n])")
+_LONGEST_WORD = 1 << 20
+"""Characters that cannot be parted; the tokenizer takes up to 200 bytes for each at once."""
+# Where a long text may be cut, if the tokenizer agrees; how many are tried in a stretch of it; how
+# far the tokenizer looks.
+_WORD_END = re.compile(r"\w(?=\W)")
 _MOST_PLACES = 100
 _AROUND = 64
 
@@ -218,18 +222,43 @@ def _encode_chunk(texts: list[str], vocabulary: Vocabulary) -> Iterator[Text]:
         yield Text(ids, spelled)
 
 
+def check_words(rendered: Rendered, vocabulary: Vocabulary) -> None:
+    """Whether all text can be tokenised in pieces that fit memory.
+
+    Raises:
+        RowError: It cannot; data in text form (images, say) are like that.
+    """
+    for text in (s.piece for s in rendered.spans if isinstance(s.piece, str)):
+        if len(text) <= _LONGEST_WORD:
+            continue
+        longest = max(_parts(text, vocabulary.backend), key=len)
+        if len(longest) > _LONGEST_WORD:
+            raise RowError(
+                "no text",
+                f"{len(longest)} characters without a break ({shown(longest[:_AROUND])}); expected "
+                f"text, of which at most {_LONGEST_WORD} characters are one word; is it an image?",
+            )
+
+
 def _parts(text: str, backend: Any) -> Iterator[str]:
     """A long text, cut where its tokens are cut anyway: the tokenizer takes 100 bytes for each."""
     start = 0
     while len(text) - start > _LONGEST_PART:
-        ends = _WORD_END.finditer(text, start + _LONGEST_PART // 2, start + _LONGEST_PART)
-        places = (match.end() for match in islice(ends, _MOST_PLACES))
-        place = next((place for place in places if _is_between_words(text, place, backend)), None)
+        place = _place_to_cut(text, start + _LONGEST_PART // 2, backend)
         if place is None:
             break
         yield text[start:place]
         start = place
     yield text[start:]
+
+
+def _place_to_cut(text: str, start: int, backend: Any) -> int | None:
+    for begin in range(start, len(text), _LONGEST_PART // 2):
+        ends = _WORD_END.finditer(text, begin, begin + _LONGEST_PART // 2)
+        for match in islice(ends, _MOST_PLACES):
+            if _is_between_words(text, match.end(), backend):
+                return match.end()
+    return None
 
 
 def _is_between_words(text: str, place: int, backend: Any) -> bool:

@@ -23,6 +23,8 @@ _BLOCK_BYTES = 1 << 19
 _BLOCK_ITEMS = 512
 _BLOCKS_PER_WORKER = 3
 """On their way: one being worked on, one waiting, one on its way back."""
+_BYTES_ON_THEIR_WAY = 1 << 25
+"""With longer rows only one for each worker: a block lies here twice until it is sent."""
 
 _pipeline: Pipeline | None = None
 """Of a worker process: sent once, as it holds a vocabulary of 100 MB."""
@@ -62,18 +64,32 @@ def run(pipeline: Pipeline, items: Iterable[Item], *, num_workers: int) -> Itera
         initializer=_start,
         initargs=(pipeline,),
     )
-    waiting: deque[Future[Block]] = deque()
+    waiting: deque[tuple[Future[Block], int]] = deque()
+    num_bytes = 0
     try:
         for block in blocks(items):
-            waiting.append(pool.submit(_work, block))
-            if len(waiting) >= num_workers * _BLOCKS_PER_WORKER:
-                yield waiting.popleft().result()
+            while _are_enough(len(waiting), num_bytes, num_workers):
+                future, size = waiting.popleft()
+                num_bytes -= size
+                yield future.result()
+            waiting.append((pool.submit(_work, block), _size(block)))
+            num_bytes += waiting[-1][1]
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     except BrokenProcessPool as error:
         raise ValueError("a worker died; was it out of memory? Try fewer workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _are_enough(num_blocks: int, num_bytes: int, num_workers: int) -> bool:
+    """Blocks on their way, so that the next has to wait."""
+    most = num_workers * _BLOCKS_PER_WORKER if num_bytes < _BYTES_ON_THEIR_WAY else num_workers
+    return num_blocks >= most
+
+
+def _size(block: Iterable[Item]) -> int:
+    return sum(item.num_bytes for item in block)
 
 
 def _start(pipeline: Pipeline) -> None:
