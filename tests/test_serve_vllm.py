@@ -156,6 +156,14 @@ def test_a_taken_port_is_refused(port):
             check_port("127.0.0.1", port)
 
 
+def test_another_servers_answers_are_not_taken_for_ones_own(started, tmp_path):
+    url = started()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        with pytest.raises(ValueError, match=f"{url} is not ready after 1 s"):
+            vllm.wait_until_ready(other, url, seconds=1)
+        other.kill()
+
+
 # ---- Requests -----------------------------------------------------------------------------------
 
 

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
 
 from megatron_dsv3.config.hf_config import read_config_json
 from megatron_dsv3.serve.client import is_ready
@@ -235,7 +238,22 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, *, seconds: flo
                 f"vLLM ended with exit code {code} before it was ready; the reason is in its "
                 "output above"
             )
-        if is_ready(url):
+        if is_ready(url) and _listens(process.pid, urlsplit(url).port):
             return passed
         time.sleep(_POLL_SECONDS)
     raise ValueError(f"{url} is not ready after {seconds:g} s; --ready-seconds gives it more")
+
+
+def _listens(pid: int, port: int | None) -> bool:
+    """Whether the process or a child of it listens there.
+
+    Another server's answers would be taken else: vLLM binds its port long before it listens, and as
+    long as nobody listens the system lets two bind one.
+    """
+    try:
+        server = psutil.Process(pid)
+        processes = [server, *server.children(recursive=True)]
+        connections = [each for one in processes for each in one.net_connections("tcp")]
+    except psutil.NoSuchProcess:  # ended just now; it is asked again
+        return False
+    return any(each.status == psutil.CONN_LISTEN and each.laddr[1] == port for each in connections)
