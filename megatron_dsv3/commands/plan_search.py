@@ -207,7 +207,7 @@ def _show(result: Result, options: Options, console: Console) -> None:
 def _layout_table(found: Sequence[Found]) -> Table:
     table = Table("", box=SIMPLE, padding=(0, 1))
     table.add_column("layout", no_wrap=True)
-    table.add_column("recompute, states, products", no_wrap=True)
+    table.add_column("recompute, states, products")
     # Tokens a second and GPU; GiB.
     for name in ("tok/s", "MFU", "spare"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -215,11 +215,18 @@ def _layout_table(found: Sequence[Found]) -> Table:
         step = one.plan.step
         table.add_row(
             *(str(number), layout_text(one.plan.workload)),
-            f"{one.recompute}, {one.states}, {one.precision}",
+            choices_text(one),
             *(f"{step.tokens_per_second_per_gpu:,.0f}", f"{step.mfu:.1%}"),
             f"{one.plan.spare_gib:.1f}",
         )
     return table
+
+
+def choices_text(found: Found) -> str:
+    """What a layout computes again, how it keeps its states, and what it multiplies in."""
+    # FP8 weights are multiplied as they are.
+    products = "" if found.plan.workload.precision.fp8_params else f", {found.precision}"
+    return f"{found.recompute}, {found.states}{products}"
 
 
 def layout_text(workload: Workload) -> str:

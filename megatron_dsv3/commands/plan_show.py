@@ -36,6 +36,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "logits": "logits",
     "recomputed": "again",
     "working": "working",
+    "update": "or update",
 }
 """Fields of the records and what the tables call them."""
 

@@ -102,6 +102,8 @@ class States:
     """Masters, moments and gradients in host memory."""
     caches: int = 0
     """What Transformer Engine keeps: FP8 copies of weights, workspaces, stand-ins for gradients."""
+    update: int = 0
+    """What the update takes for a moment, when activations are gone."""
 
     @property
     def gpu(self) -> int:
@@ -135,6 +137,11 @@ class Activations:
         return kept + self.logits + self.mtp + self.working
 
 
+def allocated(states: States, activations: Activations) -> int:
+    """At the peak of a step: in forward and backward, or in the update."""
+    return states.gpu + max(activations.total, states.update)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
     """Of the fullest rank of one pipeline stage."""
@@ -152,7 +159,7 @@ class StageMemory:
     @property
     def allocated(self) -> int:
         """What `torch.cuda.max_memory_allocated` will say."""
-        return self.states.gpu + self.activations.total
+        return allocated(self.states, self.activations)
 
     @property
     def total(self) -> int:

@@ -16,6 +16,7 @@ from megatron_dsv3.plan.records import (
     StageMemory,
     States,
     Workload,
+    allocated,
 )
 from megatron_dsv3.plan.speed import Speed
 
@@ -208,7 +209,7 @@ def _first_rung(layout: Layout, request: Request, model: _Model, *, slack: float
     """Where none fits, `lacks_gib` may be too low: activations are looked at only if states fit."""
     activations: Sequence[Activations] = []
     lacks = float("inf")
-    for name in request.states:
+    for name in filter(layout.takes, request.states):
         states = model.states(layout.with_states(name))
         if _host_lacks(states, request.cluster) > 0:
             continue
@@ -226,7 +227,7 @@ def _lacks_at_least(layout: Layout, request: Request, model: _Model) -> float:
     """GiB a card, with the rung that comes nearest; infinite where host memory rules all out."""
     activations = model.activations(layout.workload)
     lacks = float("inf")
-    for name in request.states:
+    for name in filter(layout.takes, request.states):
         states = model.states(layout.with_states(name))
         if _host_lacks(states, request.cluster) <= 0:
             lacks = min(lacks, _lacks(states, activations, layout.workload, request))
@@ -254,8 +255,7 @@ def _lacks(
     """GiB that the fullest card lacks; negative: has left. Without activations, at least."""
     totals = [held.gpu for held in states]
     if activations:
-        pairs = zip(states, activations, strict=True)
-        totals = [held.gpu + come.total for held, come in pairs]
+        totals = [allocated(*pair) for pair in zip(states, activations, strict=True)]
     total = max(totals) * (1 + UNUSABLE) + buffers(workload)
     return total / GIB + request.spare_gib - request.cluster.card.memory_gib
 

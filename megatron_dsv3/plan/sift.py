@@ -15,7 +15,7 @@ from megatron_dsv3.config.sections import MemorySection
 from megatron_dsv3.plan.records import GIB, Activations, States, Workload
 from megatron_dsv3.plan.schedule import counts_at_peak, order
 from megatron_dsv3.plan.speed import stage_parameters
-from megatron_dsv3.plan.states import FP8_COPIES, optimizer_bytes
+from megatron_dsv3.plan.states import FP8_COPIES, optimizer_bytes, update_bytes
 
 FP8_COPY = 1 / 2 + 1 / 64
 """Of a bf16 input that FP8 keeps as bytes with a scale for 128."""
@@ -84,16 +84,17 @@ def _states(workload: Workload, common: float, experts: float) -> States:
     each = optimizer_bytes(optimizer, workload.precision)
     gradient = 4 if optimizer.gradients == "fp32" else 2
     fp8 = workload.precision.fp8 != "off"
-    weight = (1 + 1 / 32) if workload.precision.fp8_params else 2
     copies = fp8 and not workload.precision.fp8_params
     return States(
         parameters=int(common + experts),
-        weights=int((common + experts) * weight),
+        # Of weights in FP8 alone there is one by rows and one by columns: two bytes as well.
+        weights=int((common + experts) * 2),
         gradients=int((common + experts) * gradient),
         optimizer=int(share * each.gpu),
         optimizer_host=int(share * each.host),
         # Embedding and head are not products in FP8, so this is a little too much.
         caches=WORKSPACES + int((common + experts) * FP8_COPIES * copies),
+        update=update_bytes(share, share, workload),
     )
 
 
@@ -162,7 +163,13 @@ def _held(workload: Workload, stage: Stage) -> tuple[float, float]:
 def _layer(workload: Workload, *, moe: bool) -> _Layer:
     fp8 = workload.precision.fp8 != "off"
     return _summed(
-        workload.arch, _share(workload), workload.imbalance, workload.memory, fp8=fp8, moe=moe
+        workload.arch,
+        _share(workload),
+        workload.imbalance,
+        workload.parallel.etp_size,
+        workload.memory,
+        fp8=fp8,
+        moe=moe,
     )
 
 
@@ -171,6 +178,7 @@ def _summed(
     arch: Architecture,
     share: float,
     imbalance: float,
+    etp_size: int,
     memory: MemorySection,
     *,
     fp8: bool,
@@ -178,7 +186,7 @@ def _summed(
 ) -> _Layer:
     again = set(memory.recompute_modules if memory.recompute == "selective" else ())
     plain = experts = whole = 0.0
-    for tensor in _tensors(arch, share, imbalance, moe=moe):
+    for tensor in _tensors(arch, share, imbalance, etp_size, moe=moe):
         size = tensor.num_bytes * (FP8_COPY if fp8 and tensor.is_input else 1.0)
         whole += size
         if tensor.again & again:
@@ -194,7 +202,9 @@ def _share(workload: Workload) -> float:
     return workload.tokens_per_rank / workload.parallel.tp_size
 
 
-def _tensors(arch: Architecture, share: float, imbalance: float, *, moe: bool) -> Iterator[Tensor]:
+def _tensors(
+    arch: Architecture, share: float, imbalance: float, etp_size: int, *, moe: bool
+) -> Iterator[Tensor]:
     """`share`: tokens of a rank over tensor-parallel ranks, which cut all of these tensors."""
     hidden = 2.0 * share * arch.hidden_size
     norms, up = frozenset({"layernorm"}), frozenset({"mla_up_proj"})
@@ -204,7 +214,7 @@ def _tensors(arch: Architecture, share: float, imbalance: float, *, moe: bool) -
     yield Tensor(hidden, False)  # between attention and feed-forward
     if moe:
         yield Tensor(hidden, True, norms | {"moe"})
-        yield from _experts(arch, share, imbalance)
+        yield from _experts(arch, share, imbalance, etp_size)
         return
     mlp = frozenset({"mlp"})
     yield Tensor(hidden, True, mlp)
@@ -223,11 +233,12 @@ def _attention(arch: Architecture, share: float, up: frozenset[str]) -> Iterator
     yield Tensor(2.0 * share * arch.num_heads * arch.v_head_dim, False)
 
 
-def _experts(arch: Architecture, share: float, imbalance: float) -> Iterator[Tensor]:
+def _experts(arch: Architecture, share: float, imbalance: float, etp_size: int) -> Iterator[Tensor]:
+    """`etp_size` ranks cut the experts' width, and each takes in the tokens of all of them."""
     moe = frozenset({"moe"})
     sent = share * arch.num_experts_per_token * imbalance
     width = arch.moe_ffn_hidden_size
-    yield Tensor(2.0 * sent * arch.hidden_size, True, moe, of_experts=True)
+    yield Tensor(2.0 * sent * etp_size * arch.hidden_size, True, moe, of_experts=True)
     yield Tensor(2.0 * sent * 2 * width, False, moe, of_experts=True)
     yield Tensor(2.0 * sent * width, True, moe | {"moe_act"}, of_experts=True)
     shared = moe | {"shared_experts"}
