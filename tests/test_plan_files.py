@@ -9,13 +9,14 @@ import pytest
 from matplotlib.image import imread
 from small_job import write_chats, write_job, write_model
 
-from megatron_dsv3.config.architecture import DEEPSEEK_V3
+from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.config.job import load_job
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.estimate import estimate
-from megatron_dsv3.plan.job_files import JOB, PLACEMENT, SCRIPT
+from megatron_dsv3.plan.job_files import JOB, PLACEMENT, SCRIPT, Inputs, write_files
 from megatron_dsv3.plan.kernels import load_kernels
+from megatron_dsv3.plan.layouts import Request, layouts
 from megatron_dsv3.plan.pictures import draw_memory, draw_timeline, parts
 from megatron_dsv3.plan.records import GIB, Plan, Workload
 from megatron_dsv3.plan.speed import Speed
@@ -97,6 +98,38 @@ def test_the_script_is_clean_and_asks_for_the_machines(searched):
             [program, *tool[1:], directory / SCRIPT], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "states", "wanted"),
+    [
+        (2, "bf16 moments, fp8 weights", lambda work: work.parallel.pp_size == 2),
+        (4, "half offloaded", lambda work: work.parallel.etp_size == 2),
+    ],
+    ids=["fp8 weights", "cut experts"],
+)
+def test_a_dry_run_accepts_what_is_written_of_any_setting(
+    run, model, tmp_path, nodes, states, wanted
+):
+    cluster = cluster_of("h100-80gb", gpus_per_node=4)
+    request = Request(
+        arch=Architecture.from_hf(model), cluster=cluster, nodes=nodes, seq_length=64,
+        global_batch_size=16, precisions=("fp8",), states=(states,),
+    )  # fmt: skip
+    layout = next(layout for layout in layouts(request) if wanted(layout.workload))
+    work = layout.with_states(states)
+    step = Speed(cluster, load_kernels(cluster.card)).step(work)
+    plan = Plan(workload=work, cluster=cluster, stages=estimate(work), step=step)
+    inputs = Inputs(
+        hf_dir=model, data=write_chats(tmp_path / "c.jsonl"), is_store=False, out=tmp_path / "out"
+    )
+    write_files(plan, inputs, tmp_path / "plan")
+    job = load_job(tmp_path / "plan" / JOB)
+    sections = (job.parallel, job.precision, job.memory, job.optimizer)
+    assert sections == (work.parallel, work.precision, work.memory, work.optimizer)
+    processes = str(request.world_size)
+    code, _, err = run("train", tmp_path / "plan" / JOB, "--dry-run", "--processes", processes)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(
