@@ -1,5 +1,6 @@
 """`plan search` from outside: what it prints, and files that training takes as they are."""
 
+import os
 import re
 import subprocess
 import sys
@@ -87,10 +88,6 @@ def test_a_dry_run_of_a_job_for_cpus_builds_every_stage(run, model, tmp_path):
 
 def test_the_script_is_clean_and_asks_for_the_machines(searched):
     directory, _ = searched
-    text = (directory / SCRIPT).read_text()
-    assert "#SBATCH --nodes=1" in text
-    assert "#SBATCH --gpus-per-node=2" in text
-    assert "--nproc-per-node 2" in text
     bin_dir = Path(sys.executable).parent
     for tool in (["shellcheck"], ["shfmt", "-i", "4", "-d"], ["bash", "-n"]):
         program = bin_dir / tool[0] if (bin_dir / tool[0]).exists() else tool[0]
@@ -105,8 +102,9 @@ def test_the_script_is_clean_and_asks_for_the_machines(searched):
     [
         (2, "bf16 moments, fp8 weights", lambda work: work.parallel.pp_size == 2),
         (4, "half offloaded", lambda work: work.parallel.etp_size == 2),
+        (2, "bf16 moments", lambda work: work.memory.offload_activations),
     ],
-    ids=["fp8 weights", "cut experts"],
+    ids=["fp8 weights", "cut experts", "offloaded activations"],
 )
 def test_a_dry_run_accepts_what_is_written_of_any_setting(
     run, model, tmp_path, nodes, states, wanted
@@ -121,8 +119,9 @@ def test_a_dry_run_accepts_what_is_written_of_any_setting(
     step = Speed(cluster, load_kernels(cluster.card)).step(work)
     plan = Plan(workload=work, cluster=cluster, stages=estimate(work), step=step)
     inputs = Inputs(
-        hf_dir=model, data=write_chats(tmp_path / "c.jsonl"), is_store=False, out=tmp_path / "out"
-    )
+        hf_dir=model, data=write_chats(tmp_path / "c.jsonl"), is_store=False,
+        out=tmp_path / "out", launcher=tmp_path / "train.sh",
+    )  # fmt: skip
     write_files(plan, inputs, tmp_path / "plan")
     job = load_job(tmp_path / "plan" / JOB)
     sections = (job.parallel, job.precision, job.memory, job.optimizer)
@@ -130,6 +129,27 @@ def test_a_dry_run_accepts_what_is_written_of_any_setting(
     processes = str(request.world_size)
     code, _, err = run("train", tmp_path / "plan" / JOB, "--dry-run", "--processes", processes)
     assert code == 0, err
+
+
+def test_the_script_hands_the_job_to_the_launcher(searched, tmp_path):
+    directory, _ = searched
+    (tmp_path / "sbatch").write_text("")
+    (tmp_path / "sbatch").chmod(0o755)
+    done = subprocess.run(
+        ["bash", directory / SCRIPT, "--dry-run", "--time", "1:00:00", "optimizer.lr=1e-6"],
+        capture_output=True, text=True, check=False, cwd="/",
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    submission, _, steps = done.stdout.partition("# in the job")
+    for word in ("--nodes=1 ", "--gpus-per-node=2 ", "--time=1:00:00 ", "--requeue "):
+        assert word in submission
+    assert f"--job={directory / JOB}" in submission
+    assert "preflight" in steps
+    for setting in (f"output.dir={tmp_path / 'out'}", "optimizer.lr=1e-6"):
+        assert setting in steps
+    # The last of two settings of a name counts.
+    assert steps.rindex(f"output.dir={tmp_path / 'out'}") > steps.index("runs/out/model")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from megatron_dsv3.plan.activations import count
 from megatron_dsv3.plan.build import built
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.estimate import estimate
-from megatron_dsv3.plan.layouts import Request, layouts
+from megatron_dsv3.plan.layouts import RECOMPUTE, Request, layouts
 from megatron_dsv3.plan.memory import count_memory
 from megatron_dsv3.plan.meter import Meter
 from megatron_dsv3.plan.records import GIB, Workload
@@ -145,6 +145,10 @@ LAYOUTS = {
     "TP2 PP16 EP8, FP8 weights": (
         DEEPSEEK_V3, Parallel(tp_size=2, pp_size=16, ep_size=8), 256, FULL, FP8_WEIGHTS
     ),
+    "TP4 PP8 VPP2 EP8, inputs offloaded": (
+        DEEPSEEK_V3, Parallel(tp_size=4, pp_size=8, vpp_size=2, ep_size=8), 128,
+        RECOMPUTE["inputs offloaded"], PrecisionSection(),
+    ),
     "PP4 VPP4 EP64": (
         DEEPSEEK_V3, Parallel(pp_size=4, vpp_size=4, ep_size=64), 256, SELECTIVE, FP8
     ),
@@ -169,6 +173,7 @@ def test_counted_units_sum_up_to_whole_stages(name):
         assert one.states.update == pytest.approx(other.states.update, rel=0.005)
         assert one.activations.total == pytest.approx(other.activations.total, rel=0.01)
         assert one.total == pytest.approx(other.total, rel=0.005)
+        assert one.activations.host == pytest.approx(other.activations.host, rel=0.001)
         assert one.letters == other.letters
 
 

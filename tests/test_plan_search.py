@@ -9,6 +9,7 @@ import pytest
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import OptimizerSection, PrecisionSection
+from megatron_dsv3.plan import estimate as closed_form
 from megatron_dsv3.plan import sift
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.costs import costs
@@ -171,6 +172,7 @@ def test_a_given_batch_is_kept():
         ("experts", {"tp_size": 2, "pp_size": 8, "ep_size": 16}),
         ("full", {"tp_size": 8, "pp_size": 8, "ep_size": 8}),
         ("full", {"pp_size": 16, "ep_size": 8, "cp_size": 4}),
+        ("inputs offloaded", {"tp_size": 4, "pp_size": 8, "vpp_size": 2, "ep_size": 8}),
     ],
 )
 def test_the_sift_is_near_the_counted_units(recompute, sizes):
@@ -179,6 +181,9 @@ def test_the_sift_is_near_the_counted_units(recompute, sizes):
     quick = [states.gpu + come.total for states, come in pairs]
     counted = [stage.allocated for stage in estimate(work)]
     assert max(quick) == pytest.approx(max(counted), rel=0.03)
+    away = [max(s.host for s in model.stage_activations(work)) for model in (sift, closed_form)]
+    assert away[0] == pytest.approx(away[1], rel=0.03)
+    assert (away[0] > 0) == (recompute == "inputs offloaded")
 
 
 @pytest.mark.parametrize("recompute", ["selective", "experts", "full"])
@@ -251,8 +256,9 @@ def test_costs_are_worked_out_from_samples_and_bytes(result):
 def test_saves_are_asynchronous_where_a_node_has_room_for_their_copy(result, tmp_path):
     plan = result.found[0].plan
     inputs = Inputs(
-        hf_dir=tmp_path, data=tmp_path / "chats.jsonl", is_store=False, out=tmp_path / "out"
-    )
+        hf_dir=tmp_path, data=tmp_path / "chats.jsonl", is_store=False, out=tmp_path / "out",
+        launcher=tmp_path / "train.sh",
+    )  # fmt: skip
     copy_gib = 14 * 682.6e9 / (128 / 8) / 2**30
     for room, expected in ((1.2, True), (0.8, False)):
         memory = (plan.host_gib + copy_gib) / 0.9 * room

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_dsv3.commands import examples
+from megatron_dsv3.commands.plan_explain import explain
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.plan import search as engine
 from megatron_dsv3.plan.costs import costs
@@ -73,10 +75,11 @@ def run(
         )
     _show(result, options, console)
     if options.explain:
-        explain(result.found[0].plan, console)
+        best = result.found[0]
+        explain(best.plan, Speed(cluster, kernels), console, counted=best.counted)
     if options.write is not None and inputs is not None:
-        best = result.found[0].plan
-        for path in (*write_files(best, inputs, options.write), *_pictures(best, kernels, options)):
+        plan = result.found[0].plan
+        for path in (*write_files(plan, inputs, options.write), *_pictures(plan, kernels, options)):
             tell(console, f"wrote {path}")
 
 
@@ -137,6 +140,7 @@ def _inputs(options: Options) -> Inputs | None:
         data=options.data.absolute(),
         is_store=(options.data / "manifest.json").is_file(),
         out=options.out.absolute(),
+        launcher=examples.home() / "examples" / "train_dsv3_671b.sh",
         num_epochs=options.num_epochs,
     )
 
@@ -264,14 +268,6 @@ def why_slower(other: StepTime, best: StepTime) -> str:
     causes = sorted(differences.items(), key=lambda pair: -pair[1])
     named = [f"{part} +{more:.0%}" for part, more in causes[:2] if more >= 0.005]
     return f"{1 / rate - 1:.1%} more time a token" + (f": {', '.join(named)}" if named else "")
-
-
-def explain(plan: Plan, console: Console) -> None:
-    """Says where every number of a plan is from."""
-    for name, origin in plan.step.origins.items():
-        tell(console, f"{name}: {origin}")
-    for name, source in plan.cluster.card.sources.items():
-        tell(console, f"{name}: {source}")
 
 
 def tell(console: Console, line: str) -> None:

@@ -29,12 +29,22 @@ RECOMPUTE: Mapping[str, MemorySection] = {
         recompute="selective",
         recompute_modules=("mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"),
     ),
+    "inputs offloaded": MemorySection(
+        recompute="selective",
+        recompute_modules=("mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"),
+        offload_activations=("expert_fc1",),
+    ),
     "experts": MemorySection(
         recompute="selective", recompute_modules=("mla_up_proj", "layernorm", "moe", "mlp")
     ),
     "full": MemorySection(recompute="full"),
 }
-"""Recompute sets from the fastest to the smallest."""
+"""What is computed again or kept in host memory, from the fastest to the smallest.
+
+Of what can be offloaded the experts' inputs alone are tried, with all that is cheap to compute
+again: they are the largest tensors, and their copies take about as long as a layer's forward. What
+attention holds (queries, keys, values, result) takes longer to copy than to compute again.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +85,16 @@ TOKENS_PER_STEP = 2**22
 LARGEST_BATCH = 2.0
 """Times `TOKENS_PER_STEP`, where a layout cannot divide that."""
 MAX_PP_SIZE = 32
-MAX_EP_SIZE = 256
+MAX_EXPERT_RANKS = 256
+"""Among which the experts of a layer are dealt out or cut."""
 MICRO_BATCHES = (1, 2, 4)
+
+
+def allowed_recompute(*, offload: bool) -> tuple[str, ...]:
+    """Sets of `RECOMPUTE` that a user lets the search take."""
+    return tuple(
+        n for n, section in RECOMPUTE.items() if offload or not section.offload_activations
+    )
 
 
 def allowed_states(*, moments: str, offload: bool, bf16_gradients: bool) -> tuple[str, ...]:
@@ -201,7 +219,7 @@ def _grids(request: Request) -> Iterator[Parallel]:
     tp_sizes = [n for n in _divisors(node) if _cuts(arch, n)]
     pp_sizes = [n for n in _divisors(world) if n <= min(MAX_PP_SIZE, arch.num_layers + 1)]
     cp_sizes = [n for n in (1, 2, 4, 8, 16) if n == 1 or request.seq_length // n >= 1024]
-    ep_sizes = [n for n in _divisors(arch.num_experts) if n <= MAX_EP_SIZE]
+    ep_sizes = [n for n in _divisors(arch.num_experts) if n <= MAX_EXPERT_RANKS]
     experts = [(ep, etp) for ep in ep_sizes for etp in _etp_sizes(arch, ep, node)]
     for tp, pp, cp, (ep, etp) in itertools.product(tp_sizes, pp_sizes, cp_sizes, experts):
         if world % (tp * pp * cp) or world % (ep * etp * pp):
@@ -223,14 +241,12 @@ def _etp_sizes(arch: Architecture, ep_size: int, gpus_per_node: int) -> list[int
     ETP n with EP e holds as many weights as EP n * e. But each of the n ranks takes in the tokens
     of all of them, so it holds n times the experts' inputs, gathers them over NVLink on top of the
     same exchange, and multiplies by narrower matrices: larger and slower, always (a test compares
-    pairs). So it is for more ranks than there are experts, or numbers that do not divide.
+    pairs). So it is for more ranks than there are experts, or numbers that do not divide; the 671B
+    with its 256 experts never asks for it.
     """
-    sizes = [n for n in _divisors(gpus_per_node) if arch.moe_ffn_hidden_size % n == 0]
-    finer = [
-        n
-        for n in sizes
-        if n > 1 and arch.num_experts % (n * ep_size) == 0 and n * ep_size <= MAX_EP_SIZE
-    ]
+    most = MAX_EXPERT_RANKS // ep_size
+    sizes = [n for n in _divisors(gpus_per_node) if n <= most and arch.moe_ffn_hidden_size % n == 0]
+    finer = [n for n in sizes if n > 1 and arch.num_experts % (n * ep_size) == 0]
     return [size for size in sizes if all(size % n for n in finer)]
 
 

@@ -113,6 +113,7 @@ def over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counted
         recomputed=highest.peak.get("recomputed", 0),
         working=highest.peak.get("working", 0),
         in_flight=sum(in_flight) / len(in_flight),
+        host=sum(n * chunk.host for n, chunk in zip(in_flight, chunks, strict=True)),
     )
 
 

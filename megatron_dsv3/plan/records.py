@@ -20,6 +20,8 @@ from megatron_dsv3.config.sections import (
 )
 
 GIB = 2**30
+HOST_ROUNDING = 2
+"""Pinned memory comes in powers of two: at most so many times what is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,8 @@ class Activations:
     """Short-lived: gradients of activations and workspaces at the peak."""
     in_flight: float
     """Micro-batches whose activations this stage holds at once, in units of the whole stage."""
+    host: int = 0
+    """In host memory, of all micro-batches in flight."""
 
     @property
     def total(self) -> int:
@@ -140,6 +144,11 @@ class Activations:
 def allocated(states: States, activations: Activations) -> int:
     """At the peak of a step: in forward and backward, or in the update."""
     return states.gpu + max(activations.total, states.update)
+
+
+def on_host(states: States, activations: Activations) -> int:
+    """In the memory of the rank's node."""
+    return states.optimizer_host + HOST_ROUNDING * activations.host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +267,6 @@ class Plan:
 
     @property
     def host_gib(self) -> float:
-        """Optimizer states in a node's host memory, of the fullest stage."""
-        fullest = max(stage.states.optimizer_host for stage in self.stages)
+        """States and activations in a node's host memory, of the fullest stage."""
+        fullest = max(on_host(stage.states, stage.activations) for stage in self.stages)
         return fullest * self.cluster.gpus_per_node / GIB

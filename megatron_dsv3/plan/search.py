@@ -17,6 +17,7 @@ from megatron_dsv3.plan.records import (
     States,
     Workload,
     allocated,
+    on_host,
 )
 from megatron_dsv3.plan.speed import Speed
 
@@ -211,12 +212,14 @@ def _first_rung(layout: Layout, request: Request, model: _Model, *, slack: float
     lacks = float("inf")
     for name in filter(layout.takes, request.states):
         states = model.states(layout.with_states(name))
-        if _host_lacks(states, request.cluster) > 0:
+        if _host_lacks(states, activations, request.cluster) > 0:
             continue
         short = _lacks(states, [], layout.workload, request)
         if short <= slack:
             activations = activations or model.activations(layout.workload)
             short = _lacks(states, activations, layout.workload, request)
+            if _host_lacks(states, activations, request.cluster) > 0:
+                continue
         if short <= slack:
             return _Rung(name, 0.0)
         lacks = min(lacks, short)
@@ -229,7 +232,7 @@ def _lacks_at_least(layout: Layout, request: Request, model: _Model) -> float:
     lacks = float("inf")
     for name in filter(layout.takes, request.states):
         states = model.states(layout.with_states(name))
-        if _host_lacks(states, request.cluster) <= 0:
+        if _host_lacks(states, activations, request.cluster) <= 0:
             lacks = min(lacks, _lacks(states, activations, layout.workload, request))
     return lacks
 
@@ -260,8 +263,14 @@ def _lacks(
     return total / GIB + request.spare_gib - request.cluster.card.memory_gib
 
 
-def _host_lacks(states: Sequence[States], cluster: Cluster) -> float:
-    needed = max(held.optimizer_host for held in states) * cluster.gpus_per_node / GIB
+def _host_lacks(
+    states: Sequence[States], activations: Sequence[Activations], cluster: Cluster
+) -> float:
+    """GiB that a node lacks; negative: has left. Without activations, at least."""
+    sizes = [held.optimizer_host for held in states]
+    if activations:
+        sizes = [on_host(*pair) for pair in zip(states, activations, strict=True)]
+    needed = max(sizes) * cluster.gpus_per_node / GIB
     return needed - (1 - HOST_RESERVE) * cluster.host_memory_gib
 
 

@@ -37,7 +37,7 @@ class Tensor:
     is_input: bool
     """Of a product, which FP8 keeps in its own format."""
     again: frozenset[str] = frozenset()
-    """Recompute modules that leave it out."""
+    """Modules to recompute or offload that leave it out."""
     of_experts: bool = False
 
 
@@ -52,7 +52,7 @@ def stage_activations(workload: Workload) -> list[Activations]:
     mine: list[list[Stage]] = [[] for _ in range(parallel.pp_size)]
     for stage in place(workload.arch, parallel):
         mine[stage.pp_rank].append(stage)
-    whole = _layer(workload, moe=True).whole
+    layer = _layer(workload, moe=True)
     # More than a warm-up's worth of micro-batches changes nothing.
     most = min(workload.num_micro_batches, (parallel.vpp_size + 2) * parallel.pp_size)
     found = []
@@ -61,7 +61,7 @@ def stage_activations(workload: Workload) -> list[Activations]:
         weights = [saved + experts for saved, experts in chunks]
         relative = tuple(round(weight / max(weights), 2) for weight in weights)
         counts = _counts(pp_rank, parallel.pp_size, parallel.vpp_size, most, relative)
-        found.append(_activations(workload, stages, chunks, counts, whole))
+        found.append(_activations(workload, stages, chunks, counts, layer))
     return found
 
 
@@ -103,9 +103,10 @@ def _activations(
     stages: list[Stage],
     chunks: list[tuple[float, float]],
     counts: tuple[int, ...],
-    whole: float,
+    layer: "_Layer",
 ) -> Activations:
-    """`whole`: all that an expert layer would keep without recomputation."""
+    """`layer`: one with experts."""
+    whole = layer.whole
     saved = sum(chunk[0] * count for chunk, count in zip(chunks, counts, strict=True))
     experts = sum(chunk[1] * count for chunk, count in zip(chunks, counts, strict=True))
     arch, tp_size = workload.arch, workload.parallel.tp_size
@@ -119,11 +120,17 @@ def _activations(
         again, working = AGAIN * whole, 0.15 * whole
     elif workload.memory.recompute == "selective" and "moe" in workload.memory.recompute_modules:
         again = AGAIN_EXPERTS * whole
+    # What backward needs next is back already, or has never been away.
+    again += layer.away
     # Logits are gone when the first layer's backward begins: the larger of the two peaks.
     if has_loss:
         again, working = 0.0, max(WORKING * whole, again + working - logits)
     total = sum(first + second for first, second in chunks)
     held = sum((first + second) * n for (first, second), n in zip(chunks, counts, strict=True))
+    away = sum(
+        n * (sum(map(arch.is_moe_layer, stage.layers)) + len(stage.mtp_layers))
+        for stage, n in zip(stages, counts, strict=True)
+    )
     return Activations(
         saved=int(saved),
         experts=int(experts),
@@ -132,6 +139,7 @@ def _activations(
         mtp=0,
         working=int(working),
         in_flight=held / total if total else 0.0,
+        host=int(away * layer.away),
     )
 
 
@@ -145,6 +153,8 @@ class _Layer:
     """Kept for backward by the routed experts."""
     whole: float
     """What there would be without recomputation."""
+    away: float = 0.0
+    """In host memory until backward."""
 
 
 def _held(workload: Workload, stage: Stage) -> tuple[float, float]:
@@ -184,18 +194,23 @@ def _summed(
     fp8: bool,
     moe: bool,
 ) -> _Layer:
-    again = set(memory.recompute_modules if memory.recompute == "selective" else ())
-    plain = experts = whole = 0.0
+    # On the card neither is there when backward begins.
+    again: set[str] = set(memory.offload_activations)
+    again |= set(memory.recompute_modules if memory.recompute == "selective" else ())
+    plain = experts = whole = away = 0.0
     for tensor in _tensors(arch, share, imbalance, etp_size, moe=moe):
-        size = tensor.num_bytes * (FP8_COPY if fp8 and tensor.is_input else 1.0)
+        is_away = bool(tensor.again & set(memory.offload_activations))
+        # What is offloaded is held as it is.
+        size = tensor.num_bytes * (FP8_COPY if fp8 and tensor.is_input and not is_away else 1.0)
         whole += size
+        away += size * is_away
         if tensor.again & again:
             continue
         plain += 0.0 if tensor.of_experts else size
         experts += size if tensor.of_experts else 0.0
     if memory.recompute == "full":
         return _Layer(2.0 * share * arch.hidden_size, 0.0, whole)
-    return _Layer(plain, experts, whole)
+    return _Layer(plain, experts, whole, away)
 
 
 def _share(workload: Workload) -> float:
@@ -238,7 +253,8 @@ def _experts(arch: Architecture, share: float, imbalance: float, etp_size: int) 
     moe = frozenset({"moe"})
     sent = share * arch.num_experts_per_token * imbalance
     width = arch.moe_ffn_hidden_size
-    yield Tensor(2.0 * sent * etp_size * arch.hidden_size, True, moe, of_experts=True)
+    first = moe | {"expert_fc1"}
+    yield Tensor(2.0 * sent * etp_size * arch.hidden_size, True, first, of_experts=True)
     yield Tensor(2.0 * sent * 2 * width, False, moe, of_experts=True)
     yield Tensor(2.0 * sent * width, True, moe | {"moe_act"}, of_experts=True)
     shared = moe | {"shared_experts"}
