@@ -173,6 +173,7 @@ def test_a_given_batch_is_kept():
         ("full", {"tp_size": 8, "pp_size": 8, "ep_size": 8}),
         ("full", {"pp_size": 16, "ep_size": 8, "cp_size": 4}),
         ("inputs offloaded", {"tp_size": 4, "pp_size": 8, "vpp_size": 2, "ep_size": 8}),
+        ("experts", {"tp_size": 4, "pp_size": 16, "ep_size": 8, "cp_size": 2}),
     ],
 )
 def test_the_sift_is_near_the_counted_units(recompute, sizes):

@@ -350,7 +350,11 @@ def _nearest_miss(
         if lacks >= limit:
             continue
         rate = speed.step(layout.workload).tokens_per_second_per_gpu
-        if rate > reached:
+        if rate <= reached:
+            continue
+        lacks = _lacks_at_least(layout, request, UNITS)
+        # Not the card's: host memory is what some lack.
+        if 0 < lacks < limit:
             limit = lacks
             nearest = Missed(
                 workload=layout.workload, recompute=layout.recompute, lacks_gib=lacks,

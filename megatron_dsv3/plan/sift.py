@@ -179,6 +179,7 @@ def _layer(workload: Workload, *, moe: bool) -> _Layer:
         workload.parallel.etp_size,
         workload.memory,
         fp8=fp8,
+        has_cp=workload.parallel.cp_size > 1,
         moe=moe,
     )
 
@@ -192,13 +193,14 @@ def _summed(
     memory: MemorySection,
     *,
     fp8: bool,
+    has_cp: bool,
     moe: bool,
 ) -> _Layer:
     # On the card neither is there when backward begins.
     again: set[str] = set(memory.offload_activations)
     again |= set(memory.recompute_modules if memory.recompute == "selective" else ())
     plain = experts = whole = away = 0.0
-    for tensor in _tensors(arch, share, imbalance, etp_size, moe=moe):
+    for tensor in _tensors(arch, share, imbalance, etp_size, has_cp=has_cp, moe=moe):
         is_away = bool(tensor.again & set(memory.offload_activations))
         # What is offloaded is held as it is.
         size = tensor.num_bytes * (FP8_COPY if fp8 and tensor.is_input and not is_away else 1.0)
@@ -218,14 +220,14 @@ def _share(workload: Workload) -> float:
 
 
 def _tensors(
-    arch: Architecture, share: float, imbalance: float, etp_size: int, *, moe: bool
+    arch: Architecture, share: float, imbalance: float, etp_size: int, *, has_cp: bool, moe: bool
 ) -> Iterator[Tensor]:
     """`share`: tokens of a rank over tensor-parallel ranks, which cut all of these tensors."""
     hidden = 2.0 * share * arch.hidden_size
     norms, up = frozenset({"layernorm"}), frozenset({"mla_up_proj"})
     yield Tensor(hidden, False)  # the layer's input, for its norm
     yield Tensor(hidden, True, norms)
-    yield from _attention(arch, share, up)
+    yield from _attention(arch, share, up, has_cp=has_cp)
     yield Tensor(hidden, False)  # between attention and feed-forward
     if moe:
         yield Tensor(hidden, True, norms | {"moe"})
@@ -237,14 +239,20 @@ def _tensors(
     yield Tensor(2.0 * share * arch.ffn_hidden_size, True, mlp)
 
 
-def _attention(arch: Architecture, share: float, up: frozenset[str]) -> Iterator[Tensor]:
+def _attention(
+    arch: Architecture, share: float, up: frozenset[str], *, has_cp: bool
+) -> Iterator[Tensor]:
     """By tokens and heads: tensor parallelism cuts the heads of all tokens, so `share` counts."""
     width = arch.qk_head_dim + arch.qk_rope_head_dim
     latents = 2.0 * share * ((arch.q_lora_rank or 0) + arch.kv_lora_rank)
     yield Tensor(latents, False)
     yield Tensor(latents, True, up)
-    for size in (width, width, arch.v_head_dim):
-        yield Tensor(2.0 * share * arch.num_heads * size, False, up | {"core_attn"})
+    core = frozenset({"core_attn"})
+    for size in (width, width) if has_cp else (width, width, arch.v_head_dim):
+        yield Tensor(2.0 * share * arch.num_heads * size, False, up | core)
+    # Context parallelism pads values to the width of keys, and cuts the result: copies of both.
+    for _ in range(2 * has_cp):
+        yield Tensor(2.0 * share * arch.num_heads * width, False, core)
     yield Tensor(2.0 * share * arch.num_heads * arch.v_head_dim, False)
 
 
