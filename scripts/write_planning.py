@@ -99,13 +99,13 @@ def _cells(best: Found) -> list[str]:
 
 def main() -> None:
     """Puts new lines in place of those that are there."""
-    lines = PAGE.read_text(encoding="utf-8").split("\n")
-    first = next(i for i, line in enumerate(lines) if line.startswith(BEGIN)) + 2
-    last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
     new = []
     for question in QUESTIONS:
         new.append(row(question))
         print(new[-1], file=sys.stderr, flush=True)
+    lines = PAGE.read_text(encoding="utf-8").split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith(BEGIN)) + 2
+    last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
     PAGE.write_text("\n".join([*lines[:first], *new, *lines[last:]]), encoding="utf-8")
 
 

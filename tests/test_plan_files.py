@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,7 +207,8 @@ def test_pictures_show_what_the_plan_holds(tmp_path):
         world_size=64, seq_length=4096, num_micro_batches=16,
     )  # fmt: skip
     plan = Plan(workload=work, cluster=cluster, stages=estimate(work), step=speed.step(work))
-    for stage in plan.stages:
+    updating = replace(plan.stages[0], states=replace(plan.stages[0].states, update=90 * GIB))
+    for stage in (*plan.stages, updating):
         assert sum(parts(stage).values()) == pytest.approx(stage.total / GIB)
     draw_memory(plan, tmp_path / "memory.png")
     draw_timeline(speed.timeline(work), tmp_path / "timeline.png")

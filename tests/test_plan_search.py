@@ -16,7 +16,14 @@ from megatron_dsv3.plan.costs import costs
 from megatron_dsv3.plan.estimate import estimate
 from megatron_dsv3.plan.job_files import Inputs, job_of
 from megatron_dsv3.plan.kernels import load_kernels
-from megatron_dsv3.plan.layouts import RECOMPUTE, STATES, Request, allowed_states, layouts
+from megatron_dsv3.plan.layouts import (
+    RECOMPUTE,
+    STATES,
+    Request,
+    allowed_recompute,
+    allowed_states,
+    layouts,
+)
 from megatron_dsv3.plan.records import GIB, Plan, Workload, allocated
 from megatron_dsv3.plan.search import fewest_nodes, fits, search
 from megatron_dsv3.plan.speed import Speed
@@ -153,6 +160,14 @@ def test_fp8_weights_are_for_layouts_in_fp8_whose_optimizer_stays_on_the_gpu():
     for one, other in zip(estimate(plain), estimate(alone), strict=True):
         saved = one.states.gpu - other.states.gpu
         assert 1.5 * one.states.parameters < saved <= 2 * one.states.parameters
+
+
+def test_what_stays_on_the_gpu_is_the_users_to_say():
+    sets = allowed_recompute(offload_activations=False)
+    assert set(RECOMPUTE) - set(sets) == {"inputs offloaded"}
+    assert allowed_recompute(offload_activations=True) == tuple(RECOMPUTE)
+    states = allowed_states(moments="any", offload=False, bf16_gradients=True)
+    assert not any(STATES[name].optimizer.offload_fraction for name in states)
 
 
 def test_a_given_batch_is_kept():

@@ -50,8 +50,9 @@ def search(
     moments: Annotated[
         Literal["any", "fp32", "bf16"], typer.Option(help="Of the optimizer.")
     ] = "any",
-    offload: Annotated[
-        bool, typer.Option(help="Allow optimizer states and activations in host memory.")
+    offload: Annotated[bool, typer.Option(help="Allow optimizer states in host memory.")] = True,
+    offload_activations: Annotated[
+        bool, typer.Option(help="Allow the experts' inputs in host memory.")
     ] = True,
     bf16_gradients: Annotated[
         bool, typer.Option("--bf16-gradients", help="Allow sums of gradients in bf16.")
@@ -97,7 +98,7 @@ def search(
         global_batch_size=global_batch_size,
         precisions=("bf16", "fp8") if precision == "any" else (precision,),
         states=allowed_states(moments=moments, offload=offload, bf16_gradients=bf16_gradients),
-        recompute=allowed_recompute(offload=offload),
+        recompute=allowed_recompute(offload_activations=offload_activations),
         imbalance=imbalance,
         spare_gib=spare,
         top=top,

@@ -204,6 +204,12 @@ def _show(result: Result, options: Options, console: Console) -> None:
         f"{total.disk_tb:.1f} TB; host memory {total.host_gib:,.0f} GiB a node "
         f"of {cluster.host_memory_gib:,.0f}",
     )
+    if plan.workload.memory.offload_activations:
+        tell(
+            console,
+            "activations in host memory: projected, nothing was measured; "
+            "--no-offload-activations leaves them out",
+        )
     if not cluster.card.measured:
         tell(console, f"nothing was measured on {cluster.card.name}: speeds are projected")
 

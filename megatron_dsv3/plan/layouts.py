@@ -90,10 +90,12 @@ MAX_EXPERT_RANKS = 256
 MICRO_BATCHES = (1, 2, 4)
 
 
-def allowed_recompute(*, offload: bool) -> tuple[str, ...]:
+def allowed_recompute(*, offload_activations: bool) -> tuple[str, ...]:
     """Sets of `RECOMPUTE` that a user lets the search take."""
     return tuple(
-        n for n, section in RECOMPUTE.items() if offload or not section.offload_activations
+        name
+        for name, section in RECOMPUTE.items()
+        if offload_activations or not section.offload_activations
     )
 
 
