@@ -1,14 +1,17 @@
-"""Writes the table of recommended layouts in docs/planning.md; run it when the search changes.
+"""Writes the table of recommended layouts in docs/planning.md, and in its Chinese page.
 
     python scripts/write_planning.py
 
-Takes some minutes: a search of the 671B for every row, with memory in closed form.
+Run it when the search changes. Takes some minutes: a search of the 671B for every row, with memory
+in closed form.
 """
 
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 # Fused kernels are stood in for: there is nothing to compile.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -21,8 +24,11 @@ from megatron_dsv3.plan.layouts import Precision, Request
 from megatron_dsv3.plan.records import GIB
 from megatron_dsv3.plan.search import Found, search
 
-PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
-BEGIN = "| `megatron-dsv3 plan search` with |"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BEGIN = "| `megatron-dsv3 plan search`"
+NOTHING_FITS = "nothing fits: "
+CHINESE = yaml.safe_load(Path(__file__).with_name("planning_zh.yaml").read_text("utf-8"))
+"""Of words in the table."""
 HOST_MEMORY_GIB = 2e12 / GIB
 DOCUMENTS = {4096: None, 32768: 4096, 131072: 32768}
 """Tokens of a row: of a typical sample, where rows are longer."""
@@ -65,7 +71,7 @@ class Question:
 
 QUESTIONS = [
     *(Question(nodes, length) for length in DOCUMENTS for nodes in (8, 16, 32, 64, 128)),
-    *(Question(nodes, length, precisions=BOTH) for length in DOCUMENTS for nodes in (16, 32)),
+    *(Question(*sizes, precisions=BOTH) for sizes in ((16, 4096), (32, 4096), (32, 32768))),
     *(Question(n, 32768, card) for card in ("h200-141gb", "h20-96gb") for n in (8, 16, 32)),
 ]
 
@@ -76,9 +82,8 @@ def row(question: Question) -> str:
     try:
         result = search(request, load_kernels(request.cluster.card), top=1)
     except ValueError as error:
-        cells = [f'nothing fits: "{error}"', *[""] * 6]
-    else:
-        cells = _cells(result.found[0])
+        return f'| `{question.command}` | {NOTHING_FITS}"{error}"' + " |" * 7
+    cells = _cells(result.found[0])
     return f"| `{question.command}` | " + " | ".join(cells) + " |"
 
 
@@ -97,16 +102,33 @@ def _cells(best: Found) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Puts new lines in place of those that are there."""
-    new = []
-    for question in QUESTIONS:
-        new.append(row(question))
-        print(new[-1], file=sys.stderr, flush=True)
-    lines = PAGE.read_text(encoding="utf-8").split("\n")
+def in_chinese(line: str) -> str:
+    """The same line for the Chinese page: commands, layouts and messages stay as they are."""
+    cells = line.split(" | ")
+    if cells[1].startswith(NOTHING_FITS):
+        cells[1] = cells[1].replace(NOTHING_FITS, CHINESE[NOTHING_FITS])
+    else:
+        words = cells[2].split(", ")
+        cells[2] = CHINESE[", "].join(CHINESE.get(word, word) for word in words)
+    return " | ".join(cells)
+
+
+def put(page: Path, rows: list[str]) -> None:
+    """In place of those that are there."""
+    lines = page.read_text(encoding="utf-8").split("\n")
     first = next(i for i, line in enumerate(lines) if line.startswith(BEGIN)) + 2
     last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
-    PAGE.write_text("\n".join([*lines[:first], *new, *lines[last:]]), encoding="utf-8")
+    page.write_text("\n".join([*lines[:first], *rows, *lines[last:]]), encoding="utf-8")
+
+
+def main() -> None:
+    """Both pages at the end, a row at a time on the screen."""
+    rows = []
+    for question in QUESTIONS:
+        rows.append(row(question))
+        print(rows[-1], file=sys.stderr, flush=True)
+    put(DOCS / "planning.md", rows)
+    put(DOCS / "zh" / "planning.md", [in_chinese(line) for line in rows])
 
 
 if __name__ == "__main__":
