@@ -1,21 +1,24 @@
 """`plan search` from outside: what it prints, and files that training takes as they are."""
 
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 from small_job import write_chats, write_job, write_model
 
-from megatron_dsv3.config.architecture import DEEPSEEK_V3
+from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.config.job import load_job
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.estimate import estimate
-from megatron_dsv3.plan.job_files import JOB, PLACEMENT, SCRIPT
+from megatron_dsv3.plan.job_files import JOB, PLACEMENT, SCRIPT, Inputs, write_files
 from megatron_dsv3.plan.kernels import load_kernels
+from megatron_dsv3.plan.layouts import Request, layouts
 from megatron_dsv3.plan.pictures import draw_memory, draw_timeline, parts
 from megatron_dsv3.plan.records import GIB, Plan, Workload
 from megatron_dsv3.plan.speed import Speed
@@ -86,10 +89,6 @@ def test_a_dry_run_of_a_job_for_cpus_builds_every_stage(run, model, tmp_path):
 
 def test_the_script_is_clean_and_asks_for_the_machines(searched):
     directory, _ = searched
-    text = (directory / SCRIPT).read_text()
-    assert "#SBATCH --nodes=1" in text
-    assert "#SBATCH --gpus-per-node=2" in text
-    assert "--nproc-per-node 2" in text
     bin_dir = Path(sys.executable).parent
     for tool in (["shellcheck"], ["shfmt", "-i", "4", "-d"], ["bash", "-n"]):
         program = bin_dir / tool[0] if (bin_dir / tool[0]).exists() else tool[0]
@@ -97,6 +96,61 @@ def test_the_script_is_clean_and_asks_for_the_machines(searched):
             [program, *tool[1:], directory / SCRIPT], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "states", "wanted"),
+    [
+        (2, "bf16 moments, fp8 weights", lambda work: work.parallel.pp_size == 2),
+        (4, "half offloaded", lambda work: work.parallel.etp_size == 2),
+        (2, "bf16 moments", lambda work: work.memory.offload_activations),
+    ],
+    ids=["fp8 weights", "cut experts", "offloaded activations"],
+)
+def test_a_dry_run_accepts_what_is_written_of_any_setting(
+    run, model, tmp_path, nodes, states, wanted
+):
+    cluster = cluster_of("h100-80gb", gpus_per_node=4)
+    request = Request(
+        arch=Architecture.from_hf(model), cluster=cluster, nodes=nodes, seq_length=64,
+        global_batch_size=16, precisions=("fp8",), states=(states,),
+    )  # fmt: skip
+    layout = next(layout for layout in layouts(request) if wanted(layout.workload))
+    work = layout.with_states(states)
+    step = Speed(cluster, load_kernels(cluster.card)).step(work)
+    plan = Plan(workload=work, cluster=cluster, stages=estimate(work), step=step)
+    inputs = Inputs(
+        hf_dir=model, data=write_chats(tmp_path / "c.jsonl"), is_store=False,
+        out=tmp_path / "out", launcher=tmp_path / "train.sh",
+    )  # fmt: skip
+    write_files(plan, inputs, tmp_path / "plan")
+    job = load_job(tmp_path / "plan" / JOB)
+    sections = (job.parallel, job.precision, job.memory, job.optimizer)
+    assert sections == (work.parallel, work.precision, work.memory, work.optimizer)
+    processes = str(request.world_size)
+    code, _, err = run("train", tmp_path / "plan" / JOB, "--dry-run", "--processes", processes)
+    assert code == 0, err
+
+
+def test_the_script_hands_the_job_to_the_launcher(searched, tmp_path):
+    directory, _ = searched
+    (tmp_path / "sbatch").write_text("")
+    (tmp_path / "sbatch").chmod(0o755)
+    done = subprocess.run(
+        ["bash", directory / SCRIPT, "--dry-run", "--time", "1:00:00", "optimizer.lr=1e-6"],
+        capture_output=True, text=True, check=False, cwd="/",
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    submission, _, steps = done.stdout.partition("# in the job")
+    for word in ("--nodes=1 ", "--gpus-per-node=2 ", "--time=1:00:00 ", "--requeue "):
+        assert word in submission
+    assert f"--job={directory / JOB}" in submission
+    assert "preflight" in steps
+    for setting in (f"output.dir={tmp_path / 'out'}", "optimizer.lr=1e-6"):
+        assert setting in steps
+    # The last of two settings of a name counts.
+    assert steps.rindex(f"output.dir={tmp_path / 'out'}") > steps.index("runs/out/model")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +207,8 @@ def test_pictures_show_what_the_plan_holds(tmp_path):
         world_size=64, seq_length=4096, num_micro_batches=16,
     )  # fmt: skip
     plan = Plan(workload=work, cluster=cluster, stages=estimate(work), step=speed.step(work))
-    for stage in plan.stages:
+    updating = replace(plan.stages[0], states=replace(plan.stages[0].states, update=90 * GIB))
+    for stage in (*plan.stages, updating):
         assert sum(parts(stage).values()) == pytest.approx(stage.total / GIB)
     draw_memory(plan, tmp_path / "memory.png")
     draw_timeline(speed.timeline(work), tmp_path / "timeline.png")

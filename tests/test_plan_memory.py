@@ -19,7 +19,7 @@ from megatron_dsv3.plan.activations import count
 from megatron_dsv3.plan.build import built
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.estimate import estimate
-from megatron_dsv3.plan.layouts import Request, layouts
+from megatron_dsv3.plan.layouts import RECOMPUTE, Request, layouts
 from megatron_dsv3.plan.memory import count_memory
 from megatron_dsv3.plan.meter import Meter
 from megatron_dsv3.plan.records import GIB, Workload
@@ -34,6 +34,7 @@ MODULES = json.loads((DATA / "h100_modules.json").read_text())["modules"]
 FULL = MemorySection(recompute="full")
 SELECTIVE = MemorySection(recompute="selective")
 FP8 = PrecisionSection(fp8="blockwise")
+FP8_WEIGHTS = PrecisionSection(fp8="blockwise", fp8_params=True)
 SMALL = replace(
     DEEPSEEK_V3, vocab_size=256, hidden_size=64, num_layers=4, num_dense_layers=1, num_heads=8,
     ffn_hidden_size=128, moe_ffn_hidden_size=64, q_lora_rank=32, kv_lora_rank=16, qk_head_dim=16,
@@ -77,6 +78,18 @@ def test_states_between_steps_are_what_an_h100_measured():
             (chunk,) = count(rank, workload)
         stays = stage.states.gpu + chunk.left - GEMM_WORKSPACES
         assert stays == pytest.approx(job["measured"]["between_steps"], rel=0.015), job["name"]
+
+
+def test_casting_masters_to_fp8_weights_takes_what_an_h100_measured():
+    (job,) = (job for job in JOBS if job["precision"]["fp8_params"])
+    (stage,) = count_memory(measured_workload(job), build_optimizer)
+    measured = job["measured"]["peak_update"] - job["measured"]["between_steps"]
+    assert stage.states.update == pytest.approx(measured, rel=0.01)
+    # Where activations are few it is what a card must have room for.
+    few = replace(stage, activations=replace(stage.activations, working=0, saved=0, experts=0))
+    assert few.allocated == pytest.approx(
+        job["measured"]["peak_update"] + GEMM_WORKSPACES, rel=0.005
+    )
 
 
 KINDS = {
@@ -129,6 +142,13 @@ LAYOUTS = {
         DEEPSEEK_V3,
         Parallel(tp_size=4, pp_size=16, cp_size=2, ep_size=16, etp_size=2), 512, SELECTIVE, FP8,
     ),
+    "TP2 PP16 EP8, FP8 weights": (
+        DEEPSEEK_V3, Parallel(tp_size=2, pp_size=16, ep_size=8), 256, FULL, FP8_WEIGHTS
+    ),
+    "TP4 PP8 VPP2 EP8, inputs offloaded": (
+        DEEPSEEK_V3, Parallel(tp_size=4, pp_size=8, vpp_size=2, ep_size=8), 128,
+        RECOMPUTE["inputs offloaded"], PrecisionSection(),
+    ),
     "PP4 VPP4 EP64": (
         DEEPSEEK_V3, Parallel(pp_size=4, vpp_size=4, ep_size=64), 256, SELECTIVE, FP8
     ),
@@ -150,8 +170,10 @@ def test_counted_units_sum_up_to_whole_stages(name):
     counted = count_memory(workload, build_optimizer)
     for one, other in zip(estimate(workload), counted, strict=True):
         assert one.states.gpu == pytest.approx(other.states.gpu, rel=0.002)
+        assert one.states.update == pytest.approx(other.states.update, rel=0.005)
         assert one.activations.total == pytest.approx(other.activations.total, rel=0.01)
         assert one.total == pytest.approx(other.total, rel=0.005)
+        assert one.activations.host == pytest.approx(other.activations.host, rel=0.001)
         assert one.letters == other.letters
 
 

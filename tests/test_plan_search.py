@@ -1,5 +1,6 @@
 """The search: what it recommends fits and can train; what cannot fit is answered with a way out."""
 
+import itertools
 import time
 from dataclasses import replace
 
@@ -8,14 +9,22 @@ import pytest
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import OptimizerSection, PrecisionSection
+from megatron_dsv3.plan import estimate as closed_form
 from megatron_dsv3.plan import sift
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.costs import costs
 from megatron_dsv3.plan.estimate import estimate
 from megatron_dsv3.plan.job_files import Inputs, job_of
 from megatron_dsv3.plan.kernels import load_kernels
-from megatron_dsv3.plan.layouts import RECOMPUTE, STATES, Request, allowed_states, layouts
-from megatron_dsv3.plan.records import GIB, Plan, Workload
+from megatron_dsv3.plan.layouts import (
+    RECOMPUTE,
+    STATES,
+    Request,
+    allowed_recompute,
+    allowed_states,
+    layouts,
+)
+from megatron_dsv3.plan.records import GIB, Plan, Workload, allocated
 from megatron_dsv3.plan.search import fewest_nodes, fits, search
 from megatron_dsv3.plan.speed import Speed
 
@@ -51,7 +60,8 @@ def test_what_is_found_fits_and_comes_best_first(result):
         assert one.plan.spare_gib >= request_for(16).spare_gib
         assert one.plan.host_gib <= H100.host_memory_gib
         assert one.plan.stages == estimate(one.plan.workload)
-        assert one.plan.workload.optimizer == STATES[one.states]
+        assert one.plan.workload.optimizer == STATES[one.states].optimizer
+        assert one.plan.workload.precision.fp8_params == STATES[one.states].fp8_params
         assert one.plan.workload.memory == RECOMPUTE[one.recompute]
     rates = [one.plan.step.tokens_per_second_per_gpu for one in result.found]
     assert rates == sorted(rates, reverse=True)
@@ -95,6 +105,71 @@ def test_every_layout_is_one_that_a_job_may_ask_for():
             assert work.num_micro_batches % work.parallel.pp_size == 0
 
 
+def pairs_of_etp():
+    """Layouts that cut experts by tensor parallelism, and those that deal them out as finely."""
+    for tp_size, pp_size, ep_size, etp_size in itertools.product(
+        (1, 2, 8), (8, 16), (1, 4, 8, 16), (2, 8)
+    ):
+        if tp_size <= ep_size * etp_size <= 256 // pp_size:
+            sizes = {"tp_size": tp_size, "pp_size": pp_size}
+            yield tuple(
+                workload(ep_size=ep, etp_size=etp, **sizes)
+                for ep, etp in ((ep_size, etp_size), (ep_size * etp_size, 1))
+            )
+
+
+def test_cut_experts_are_slower_and_larger_than_experts_dealt_out_as_finely():
+    speed = Speed(H100, load_kernels(H100.card))
+    pairs = list(pairs_of_etp())
+    assert len(pairs) > 15
+    for cut, dealt in pairs:
+        assert speed.rate_at_most(cut) < speed.rate_at_most(dealt)
+        sizes = [max(a.total for a in sift.stage_activations(work)) for work in (cut, dealt)]
+        assert sizes[0] > sizes[1]
+    for cut, dealt in pairs[::9]:
+        assert max(s.total for s in estimate(cut)) > max(s.total for s in estimate(dealt))
+
+
+def test_experts_are_cut_where_they_cannot_be_dealt_out():
+    small = replace(
+        DEEPSEEK_V3, num_experts=4, num_experts_per_token=2, num_groups=2, num_groups_per_token=1
+    )
+    for arch, nodes, expected in (
+        (small, 1, {(4, 1), (4, 2)}),
+        # 12 nodes of 8: a third of a stage's 24 or 48 ranks is no number of experts.
+        (DEEPSEEK_V3, 12, {(8, 1), (16, 1), (32, 1)}),
+    ):
+        grids = {
+            (layout.workload.parallel.ep_size, layout.workload.parallel.etp_size)
+            for layout in layouts(request_for(nodes, arch=arch, seq_length=4096))
+        }
+        assert grids == expected
+
+
+def test_fp8_weights_are_for_layouts_in_fp8_whose_optimizer_stays_on_the_gpu():
+    assert any(rung.fp8_params for rung in STATES.values())
+    for rung in STATES.values():
+        assert not (rung.fp8_params and rung.optimizer.offload_fraction)
+    bf16, fp8 = (
+        next(layouts(request_for(16, precisions=(name,), seq_length=4096)))
+        for name in ("bf16", "fp8")
+    )
+    assert not bf16.takes("bf16 moments, fp8 weights")
+    plain, alone = (fp8.with_states(f"bf16 moments{end}") for end in ("", ", fp8 weights"))
+    # Two bytes a weight of a layer are no longer there beside the two of its FP8 copies.
+    for one, other in zip(estimate(plain), estimate(alone), strict=True):
+        saved = one.states.gpu - other.states.gpu
+        assert 1.5 * one.states.parameters < saved <= 2 * one.states.parameters
+
+
+def test_what_stays_on_the_gpu_is_the_users_to_say():
+    sets = allowed_recompute(offload_activations=False)
+    assert set(RECOMPUTE) - set(sets) == {"inputs offloaded"}
+    assert allowed_recompute(offload_activations=True) == tuple(RECOMPUTE)
+    states = allowed_states(moments="any", offload=False, bf16_gradients=True)
+    assert not any(STATES[name].optimizer.offload_fraction for name in states)
+
+
 def test_a_given_batch_is_kept():
     request = request_for(4, seq_length=4096, global_batch_size=96, recompute=("full",))
     for layout in layouts(request):
@@ -112,6 +187,8 @@ def test_a_given_batch_is_kept():
         ("experts", {"tp_size": 2, "pp_size": 8, "ep_size": 16}),
         ("full", {"tp_size": 8, "pp_size": 8, "ep_size": 8}),
         ("full", {"pp_size": 16, "ep_size": 8, "cp_size": 4}),
+        ("inputs offloaded", {"tp_size": 4, "pp_size": 8, "vpp_size": 2, "ep_size": 8}),
+        ("experts", {"tp_size": 4, "pp_size": 16, "ep_size": 8, "cp_size": 2}),
     ],
 )
 def test_the_sift_is_near_the_counted_units(recompute, sizes):
@@ -120,6 +197,18 @@ def test_the_sift_is_near_the_counted_units(recompute, sizes):
     quick = [states.gpu + come.total for states, come in pairs]
     counted = [stage.allocated for stage in estimate(work)]
     assert max(quick) == pytest.approx(max(counted), rel=0.03)
+    away = [max(s.host for s in model.stage_activations(work)) for model in (sift, closed_form)]
+    assert away[0] == pytest.approx(away[1], rel=0.03)
+    assert (away[0] > 0) == (recompute == "inputs offloaded")
+
+
+@pytest.mark.parametrize("recompute", ["selective", "experts", "full"])
+def test_the_sift_lets_cut_experts_pass(recompute):
+    # Too low is looked at again; too high would rule out what fits.
+    work = workload(recompute=recompute, tp_size=4, pp_size=16, ep_size=8, etp_size=2)
+    pairs = zip(sift.stage_states(work), sift.stage_activations(work), strict=True)
+    counted = max(stage.allocated for stage in estimate(work))
+    assert 0.85 * counted < max(allocated(*pair) for pair in pairs) < 1.02 * counted
 
 
 def test_published_h100_layouts_fit():
@@ -183,8 +272,9 @@ def test_costs_are_worked_out_from_samples_and_bytes(result):
 def test_saves_are_asynchronous_where_a_node_has_room_for_their_copy(result, tmp_path):
     plan = result.found[0].plan
     inputs = Inputs(
-        hf_dir=tmp_path, data=tmp_path / "chats.jsonl", is_store=False, out=tmp_path / "out"
-    )
+        hf_dir=tmp_path, data=tmp_path / "chats.jsonl", is_store=False, out=tmp_path / "out",
+        launcher=tmp_path / "train.sh",
+    )  # fmt: skip
     copy_gib = 14 * 682.6e9 / (128 / 8) / 2**30
     for room, expected in ((1.2, True), (0.8, False)):
         memory = (plan.host_gib + copy_gib) / 0.9 * room

@@ -15,6 +15,8 @@ from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.config.job import Job
 from megatron_dsv3.model.groups import stop
 from megatron_dsv3.plan.cards import cluster_of
+from megatron_dsv3.plan.kernels import load_kernels
+from megatron_dsv3.plan.speed import Speed
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,25 @@ def test_a_plan_is_shown_by_stage_and_says_what_is_missing(tmp_path, six_layers)
     assert [stage["pp_rank"] for stage in content["stages"]] == [0, 1]
     assert content["spare_gib"] < 0
     assert all(s["states_gib"] < s["allocated_gib"] < s["total_gib"] for s in content["stages"])
+
+
+def test_every_number_has_an_origin(six_layers):
+    asked = question(six_layers, world_size=8, parallel={"tp_size": 2, "ep_size": 8, "cp_size": 2})
+    shown = console()
+    plan = plan_show.show(asked, shown, origins=True)
+    lines = shown.export_text().splitlines()
+    named = {name for line in lines if ": " in line for name in line.split(": ")[0].split(", ")}
+    columns = {*plan_show.STATES.values(), *plan_show.ACTIVATIONS.values(), "in flight", "buffers"}
+    times = {"compute", "tp", "ep", "cp", "dp", "bubble", "optimizer", "mfu", "days", "disk"}
+    assert named >= columns | times
+    assert named >= {"checkpoint", "h100-80gb", "network"}
+    speed = Speed(asked.cluster, load_kernels(asked.cluster.card))
+    units = speed.units(plan.workload)
+    assert set(units) == {"dense", "moe", "head"}
+    for unit in units.values():
+        for row in unit.rows:
+            assert row.seconds.origin, row.name
+            assert any(row.name in line for line in lines) or not row.seconds.forward
 
 
 def test_two_jobs_are_compared_with_the_settings_that_differ(six_layers):

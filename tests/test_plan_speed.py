@@ -13,7 +13,7 @@ from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import MemorySection, OptimizerSection, PrecisionSection
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.kernels import load_kernels
-from megatron_dsv3.plan.layer_times import LayerTimes
+from megatron_dsv3.plan.layer_times import HOST_SHARE, LayerTimes
 from megatron_dsv3.plan.links import EXCHANGE_REACHED, Group, Links
 from megatron_dsv3.plan.records import Workload
 from megatron_dsv3.plan.speed import Speed, stage_parameters
@@ -109,6 +109,27 @@ def test_what_should_cost_time_costs_time(speed):
     assert speed.step(interleaved).bubble < speed.step(base).bubble
     fused = replace(base, kernels=KernelsSection())
     assert speed.step(fused).total < speed.step(replace(base, kernels=PLAIN)).total
+
+
+def test_offloaded_activations_cost_what_no_layer_hides(speed):
+    def work(modules, **changes):
+        section = MemorySection(offload_activations=modules)
+        return v3(Parallel(pp_size=8, ep_size=8), memory=section, **changes)
+
+    plain, inputs = speed.step(work(())), speed.step(work(("expert_fc1",)))
+    everything = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1")
+    assert plain.total <= inputs.total < speed.step(work(everything)).total
+    rows = speed.units(work(everything))["moe"].rows
+    (row,) = (row for row in rows if row.name.startswith("activations to host"))
+    # 8 experts' inputs of 4096 tokens are 448 MiB, and all of it three times as much.
+    mib = int(row.seconds.origin.split()[0])
+    assert 3 * 448 < mib < 5 * 448
+    seconds = mib * 2**20 / (HOST_SHARE * H100.card.host_gb_s * 1e9)
+    others = sum(one.seconds.forward for one in rows) - row.seconds.forward
+    assert row.seconds.forward == pytest.approx(seconds - others, abs=2e-3)
+    slow = replace(H100, card=replace(H100.card, host_gb_s=5.0))
+    slower = Speed(slow, load_kernels(slow.card)).step(work(("expert_fc1",)))
+    assert slower.total > 2 * inputs.total
 
 
 def test_the_bound_of_the_search_is_never_below_the_rate(speed):

@@ -15,11 +15,11 @@ def run(out: Path) -> list[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not an empty directory; give another --out")
-    home = _home()
+    source = home()
     try:
         for name in FOLDERS:
             shutil.copytree(
-                home / name, out / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
+                source / name, out / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
             )
     except OSError as error:
         raise ValueError(
@@ -28,7 +28,7 @@ def run(out: Path) -> list[Path]:
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
-def _home() -> Path:
-    """An installed package has them inside (setup.py), a checkout beside it."""
+def home() -> Path:
+    """Where they are: an installed package has them inside (setup.py), a checkout beside it."""
     inside = PACKAGE / "_files"
     return inside if inside.is_dir() else PACKAGE.parent

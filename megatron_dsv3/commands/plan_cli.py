@@ -51,6 +51,9 @@ def search(
         Literal["any", "fp32", "bf16"], typer.Option(help="Of the optimizer.")
     ] = "any",
     offload: Annotated[bool, typer.Option(help="Allow optimizer states in host memory.")] = True,
+    offload_activations: Annotated[
+        bool, typer.Option(help="Allow the experts' inputs in host memory.")
+    ] = True,
     bf16_gradients: Annotated[
         bool, typer.Option("--bf16-gradients", help="Allow sums of gradients in bf16.")
     ] = False,
@@ -82,7 +85,7 @@ def search(
     if (nodes is None) == (not min_gpus):
         raise ValueError("give one of --nodes N and --min-gpus")
     from megatron_dsv3.commands import plan_search as command
-    from megatron_dsv3.plan.layouts import RECOMPUTE, allowed_states
+    from megatron_dsv3.plan.layouts import allowed_recompute, allowed_states
 
     cluster = _cluster(gpu, network, gpus_per_node, host_memory)
     options = command.Options(
@@ -95,7 +98,7 @@ def search(
         global_batch_size=global_batch_size,
         precisions=("bf16", "fp8") if precision == "any" else (precision,),
         states=allowed_states(moments=moments, offload=offload, bf16_gradients=bf16_gradients),
-        recompute=tuple(RECOMPUTE),
+        recompute=allowed_recompute(offload_activations=offload_activations),
         imbalance=imbalance,
         spare_gib=spare,
         top=top,

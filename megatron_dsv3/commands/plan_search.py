@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_dsv3.commands import examples
+from megatron_dsv3.commands.plan_explain import explain
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.plan import search as engine
 from megatron_dsv3.plan.costs import costs
@@ -73,10 +75,11 @@ def run(
         )
     _show(result, options, console)
     if options.explain:
-        explain(result.found[0].plan, console)
+        best = result.found[0]
+        explain(best.plan, Speed(cluster, kernels), console, counted=best.counted)
     if options.write is not None and inputs is not None:
-        best = result.found[0].plan
-        for path in (*write_files(best, inputs, options.write), *_pictures(best, kernels, options)):
+        plan = result.found[0].plan
+        for path in (*write_files(plan, inputs, options.write), *_pictures(plan, kernels, options)):
             tell(console, f"wrote {path}")
 
 
@@ -137,6 +140,7 @@ def _inputs(options: Options) -> Inputs | None:
         data=options.data.absolute(),
         is_store=(options.data / "manifest.json").is_file(),
         out=options.out.absolute(),
+        launcher=examples.home() / "examples" / "train_dsv3_671b.sh",
         num_epochs=options.num_epochs,
     )
 
@@ -200,6 +204,12 @@ def _show(result: Result, options: Options, console: Console) -> None:
         f"{total.disk_tb:.1f} TB; host memory {total.host_gib:,.0f} GiB a node "
         f"of {cluster.host_memory_gib:,.0f}",
     )
+    if plan.workload.memory.offload_activations:
+        tell(
+            console,
+            "activations in host memory: projected, nothing was measured; "
+            "--no-offload-activations leaves them out",
+        )
     if not cluster.card.measured:
         tell(console, f"nothing was measured on {cluster.card.name}: speeds are projected")
 
@@ -207,7 +217,7 @@ def _show(result: Result, options: Options, console: Console) -> None:
 def _layout_table(found: Sequence[Found]) -> Table:
     table = Table("", box=SIMPLE, padding=(0, 1))
     table.add_column("layout", no_wrap=True)
-    table.add_column("recompute, states, products", no_wrap=True)
+    table.add_column("recompute, states, products")
     # Tokens a second and GPU; GiB.
     for name in ("tok/s", "MFU", "spare"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -215,11 +225,18 @@ def _layout_table(found: Sequence[Found]) -> Table:
         step = one.plan.step
         table.add_row(
             *(str(number), layout_text(one.plan.workload)),
-            f"{one.recompute}, {one.states}, {one.precision}",
+            choices_text(one),
             *(f"{step.tokens_per_second_per_gpu:,.0f}", f"{step.mfu:.1%}"),
             f"{one.plan.spare_gib:.1f}",
         )
     return table
+
+
+def choices_text(found: Found) -> str:
+    """What a layout computes again, how it keeps its states, and what it multiplies in."""
+    # FP8 weights are multiplied as they are.
+    products = "" if found.plan.workload.precision.fp8_params else f", {found.precision}"
+    return f"{found.recompute}, {found.states}{products}"
 
 
 def layout_text(workload: Workload) -> str:
@@ -257,14 +274,6 @@ def why_slower(other: StepTime, best: StepTime) -> str:
     causes = sorted(differences.items(), key=lambda pair: -pair[1])
     named = [f"{part} +{more:.0%}" for part, more in causes[:2] if more >= 0.005]
     return f"{1 / rate - 1:.1%} more time a token" + (f": {', '.join(named)}" if named else "")
-
-
-def explain(plan: Plan, console: Console) -> None:
-    """Says where every number of a plan is from."""
-    for name, origin in plan.step.origins.items():
-        tell(console, f"{name}: {origin}")
-    for name, source in plan.cluster.card.sources.items():
-        tell(console, f"{name}: {source}")
 
 
 def tell(console: Console, line: str) -> None:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from megatron_dsv3.commands.plan_search import explain, layout_text, tell
+from megatron_dsv3.commands.plan_explain import explain
+from megatron_dsv3.commands.plan_search import layout_text, tell
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.config.job import Job
 from megatron_dsv3.plan.costs import costs
@@ -36,6 +37,8 @@ ACTIVATIONS: Mapping[str, str] = {
     "logits": "logits",
     "recomputed": "again",
     "working": "working",
+    "update": "or update",
+    "host": "on the host",
 }
 """Fields of the records and what the tables call them."""
 
@@ -79,7 +82,8 @@ def show(
     for line in _notes(question, plan):
         tell(console, line)
     if origins:
-        explain(plan, console)
+        kernels = load_kernels(question.cluster.card, question.kernels)
+        explain(plan, Speed(question.cluster, kernels), console, counted=True)
     return plan
 
 
@@ -215,7 +219,7 @@ def _headline(plan: Plan) -> str:
 
 
 def _notes(question: Question, plan: Plan) -> list[str]:
-    step, cluster, workload = plan.step, plan.cluster, plan.workload
+    step, cluster = plan.step, plan.cluster
     total = costs(plan, num_samples=question.num_samples, num_epochs=question.job.train.num_epochs)
     lines = [
         f"{step.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {step.tflops:.0f} TFLOP/s, MFU "
@@ -232,8 +236,6 @@ def _notes(question: Question, plan: Plan) -> list[str]:
             "memory.recompute, optimizer.moments=bf16, optimizer.offload_fraction, or `megatron-"
             "dsv3 plan search`"
         )
-    if workload.memory.offload_activations:
-        lines.append("memory.offload_activations is not counted: activations will be smaller")
     if not cluster.card.measured:
         lines.append(f"nothing was measured on {cluster.card.name}: times are projected")
     return lines

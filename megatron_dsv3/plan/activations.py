@@ -7,7 +7,7 @@ autograd saves is counted once, and what is discarded to be computed again is no
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.model.router import PackedRow
 from megatron_dsv3.plan.build import Built
 from megatron_dsv3.plan.meter import Label, Meter
+from megatron_dsv3.plan.offloading import HostMemory, copies, next_step
 from megatron_dsv3.plan.ranks import META
 from megatron_dsv3.plan.records import Workload
 
@@ -43,6 +44,8 @@ class Counted:
     """Between its forward and its backward."""
     peak: Bytes
     """At its own peak, alone."""
+    host: int
+    """In host memory, between its forward and its backward."""
     left: int
     """After its backward, until the next forward: a dispatcher keeps its last probabilities, and
     with them what a layer that was computed again began with."""
@@ -60,6 +63,25 @@ def _count_chunk(
     stage: Stage, wrapped: nn.Module, chunk: DeepseekV3Model, workload: Workload, config: Any
 ) -> Counted:
     _balance(chunk, workload)
+    run = partial(_run, stage, wrapped, chunk, workload, config)
+    with copies() as host:
+        counted = run(host)
+        if not workload.memory.offload_activations:
+            return counted
+        # The first step offloads all; in others the last of each kind stays. What is held is that
+        # of micro-batches whose backward is far, the peak that of the one whose backward is now.
+        next_step()
+        return replace(counted, peak=run(host).peak)
+
+
+def _run(
+    stage: Stage,
+    wrapped: nn.Module,
+    chunk: DeepseekV3Model,
+    workload: Workload,
+    config: Any,
+    host: HostMemory,
+) -> Counted:
     with Meter(chunk, _labels(chunk)) as meter:
         with meter.at(INPUT):
             batch = _batch(stage, workload, config)
@@ -69,14 +91,16 @@ def _count_chunk(
             # What was sent on is dropped, as the pipeline's schedules do.
             deallocate_output_tensor(output, deallocate_pipeline_outputs=not is_loss)
         del batch
-        held, modules = dict(meter.now), meter.modules()
+        held, modules, away = dict(meter.now), meter.modules(), host.num_bytes
         gradient = None if is_loss else torch.empty(shape, dtype=dtype, device=META)
         with meter.at(BACKWARD):
             custom_backward(output, gradient)
         del output, gradient
         chunk.set_input_tensor(None)
         left = sum(meter.now.values())
-    return Counted(held=held, peak=_at_peak(meter.at_peak, held), left=left, modules=modules)
+    return Counted(
+        held=held, peak=_at_peak(meter.at_peak, held), host=away, left=left, modules=modules
+    )
 
 
 def _at_peak(peak: Bytes, held: Bytes) -> Bytes:

@@ -10,11 +10,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_dsv3.config.placement import Stage, mtp_stage, place
-from megatron_dsv3.config.sections import MemorySection, PrecisionSection
+from megatron_dsv3.config.sections import PrecisionSection
 from megatron_dsv3.model.build import build_chunks, freeze_mtp, stages_of_rank, unwrap, wrap
 from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.model.groups import Groups
+from megatron_dsv3.plan.offloading import on_meta
 from megatron_dsv3.plan.ranks import as_rank, rank_of_stage
 from megatron_dsv3.plan.records import Workload
 from megatron_dsv3.plan.stand_ins import kernels, stand_in
@@ -51,14 +52,14 @@ def built(workload: Workload, pp_rank: int) -> Iterator[Built]:
     stages = place(workload.arch, parallel)
     rank = rank_of_stage(pp_rank, parallel, workload.world_size)
     world_size, mtp = workload.world_size, mtp_stage(stages)
-    with kernels(), as_rank(parallel, rank, world_size, mtp_stage=mtp) as groups:
+    with kernels(), on_meta(), as_rank(parallel, rank, world_size, mtp_stage=mtp) as groups:
         config = mcore_config(
             workload.arch,
             parallel,
             dtype=dtype,
             device=torch.device("cpu"),
             experts=workload.experts,
-            memory=_on_gpu(workload.memory),
+            memory=workload.memory,
             # Stand-ins know what FP8 holds; Megatron-Core asks for Transformer Engine at once.
             precision=PrecisionSection(compute=precision.compute),
             options=GPU_OPTIONS | {"gradient_accumulation_fusion": dtype is torch.bfloat16},
@@ -104,16 +105,12 @@ def _precision(stage: Stage, workload: Workload, module: str) -> str:
     return precision.fp8
 
 
-def _on_gpu(memory: MemorySection) -> MemorySection:
-    """Without offloading, which needs a GPU to copy from; `activations` takes it off the sum."""
-    return memory.model_copy(update={"offload_activations": ()})
-
-
 def _keep_input(workload: Workload) -> frozenset[str]:
     """Modules that Megatron-Core tells to hold their input as it is, under FP8.
 
     Attention's result is held by attention itself, the shared experts' input by the router; what a
-    norm or activation that is computed again gives must be the very tensor that is held.
+    norm or activation that is computed again gives must be the very tensor that is held, and so
+    must what is offloaded.
     """
     names = {"self_attention.linear_proj", "shared_experts.linear_fc1"}
     memory = workload.memory
@@ -122,4 +119,6 @@ def _keep_input(workload: Workload) -> frozenset[str]:
         names |= {"linear_q_down_proj", "linear_kv_down_proj"}
     if "moe_act" in again:
         names.add("mlp.experts.linear_fc2")
+    if "expert_fc1" in memory.offload_activations:
+        names.add("mlp.experts.linear_fc1")
     return frozenset(names)

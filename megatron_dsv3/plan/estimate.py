@@ -5,8 +5,8 @@ What the search recommends is counted on the whole stages afterwards.
 
 from megatron_dsv3.config.placement import place
 from megatron_dsv3.plan.memory import UNUSABLE, buffers, over_the_schedule
-from megatron_dsv3.plan.records import Activations, StageMemory, States, Workload
-from megatron_dsv3.plan.states import cache_bytes, optimizer_bytes
+from megatron_dsv3.plan.records import Activations, StageMemory, States, Workload, allocated
+from megatron_dsv3.plan.states import cache_bytes, optimizer_bytes, update_bytes
 from megatron_dsv3.plan.units import (
     Parameters,
     activations_of,
@@ -27,7 +27,7 @@ def estimate(workload: Workload) -> tuple[StageMemory, ...]:
             states=states,
             activations=activations,
             buffers=buffers(workload),
-            fragmentation=int(UNUSABLE * (states.gpu + activations.total)),
+            fragmentation=int(UNUSABLE * allocated(states, activations)),
         )
         for pp_rank, (states, activations) in enumerate(pairs)
     )
@@ -63,7 +63,9 @@ def _states(workload: Workload, held: Parameters) -> States:
     experts = held.experts / parallel.ep_size
     instances = parallel.num_optimizer_instances
     copies = parallel.dp_size(workload.world_size) * parallel.cp_size / instances
-    share = held.common / copies + experts / (parallel.edp_size(workload.world_size) / instances)
+    expert_share = experts / (parallel.edp_size(workload.world_size) / instances)
+    share = held.common / copies + expert_share
+    products = held.products / copies + expert_share
     own = optimizer_bytes(optimizer, workload.precision)
     weight = 2 if workload.precision.compute == "bf16" else 4
     gradient = 2 if optimizer.gradients == "bf16" else 4
@@ -74,4 +76,5 @@ def _states(workload: Workload, held: Parameters) -> States:
         optimizer=int(own.gpu * share),
         optimizer_host=int(own.host * share),
         caches=cache_bytes(held.empty, held.products + experts, workload.precision),
+        update=update_bytes(share, products, workload),
     )

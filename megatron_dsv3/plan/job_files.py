@@ -14,7 +14,7 @@ from megatron_dsv3.config.yaml_file import dump_yaml
 from megatron_dsv3.plan.costs import saves_meanwhile
 from megatron_dsv3.plan.records import GIB, Plan
 
-JOB, PLACEMENT, SCRIPT = "job.yaml", "placement.txt", "train.sbatch"
+JOB, PLACEMENT, SCRIPT = "job.yaml", "placement.txt", "train.sh"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,8 @@ class Inputs:
     is_store: bool
     out: Path
     """Of the Hugging Face directory at the end."""
+    launcher: Path
+    """examples/train_dsv3_671b.sh of this version."""
     num_epochs: int = 1
 
 
@@ -79,7 +81,7 @@ def write_files(plan: Plan, inputs: Inputs, directory: Path) -> list[Path]:
     texts = {
         JOB: _job_text(job, plan),
         PLACEMENT: placement_text(plan),
-        SCRIPT: _script(plan, directory / JOB, inputs.out.name),
+        SCRIPT: _script(plan, inputs),
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -121,31 +123,22 @@ def _job_text(job: Job, plan: Plan) -> str:
     return "\n".join(head) + "\n" + dump_yaml(content)
 
 
-def _script(plan: Plan, job: Path, name: str) -> str:
+def _script(plan: Plan, inputs: Inputs) -> str:
+    """Hands the job to the launcher of examples/, which knows slurm, containers and signals."""
     gpus = plan.cluster.gpus_per_node
     nodes = plan.workload.world_size // gpus
-    command = (
-        f"srun --kill-on-bad-exit=1 torchrun --nnodes {nodes} --nproc-per-node {gpus} \\\n"
-        '    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$main:29500"'
-    )
     return f"""#!/usr/bin/env bash
-#SBATCH --job-name={_plain(name)}
-#SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={gpus}
-#SBATCH --exclusive
-#SBATCH --mem=0
-# Trains what `megatron-dsv3 plan search` planned; arguments (section.name=value) go to the job:
-#   sbatch {SCRIPT} [optimizer.lr=1e-6 ...]
+# Trains what `megatron-dsv3 plan search` planned for {nodes} nodes: submits itself to slurm, checks
+# the nodes, saves before the time limit, is requeued and goes on. Without slurm it takes this one.
+#   bash {SCRIPT} [option ...] [section.name=value ...]
+# Options are those of {inputs.launcher.name} (--help), such as --time, --spares, --image; --dry-run
+# prints what would be submitted. Checkpoints and logs are below runs/, beside this file.
 set -euo pipefail
 
-# One queue to the device, so that messages start in the order in which they were asked for.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Less is lost to fragmentation where sizes change from batch to batch.
-export PYTORCH_ALLOC_CONF=expandable_segments:True
-main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-{command} \\
-    -m megatron_dsv3.cli train {shlex.quote(str(job.absolute()))} "$@"
+here=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
+exec bash {shlex.quote(str(inputs.launcher))} \\
+    --nodes {nodes} --gpus-per-node {gpus} --name {_plain(inputs.out.name)} --job "$here/{JOB}" \\
+    --runs "$here/runs" {shlex.quote(f"output.dir={inputs.out}")} "$@"
 """
 
 

@@ -27,7 +27,8 @@ class Seconds:
     origin: str = ""
 
     def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(self.forward + other.forward, self.backward + other.backward)
+        origin = " + ".join(filter(None, (self.origin, other.origin)))
+        return Seconds(self.forward + other.forward, self.backward + other.backward, origin)
 
 
 NOTHING = Seconds(0.0, 0.0)

@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_dsv3.plan.kernels import Kernels, Seconds
 from megatron_dsv3.plan.links import Links
 from megatron_dsv3.plan.records import Workload
+from megatron_dsv3.plan.units import cut_of, unit_of
 
 Kind = Literal["compute", "tp", "ep", "cp"]
 Unit = Literal["dense", "moe", "mtp", "head"]
@@ -27,6 +28,9 @@ UNPACKED = 0.85
 PADDED_VALUES = 1.9
 """Slower attention where context parallelism pads values to the keys' width: 12.95 ms against 6.88
 (docs/performance.md)."""
+HOST_SHARE = 0.5
+"""Of the link to host memory, for activations: all GPUs of a node copy at once, a group of tensors
+at a time, into the same memory. Assumed."""
 LAUNCH_SECONDS: Mapping[Unit, tuple[float, float]] = {
     "dense": (6e-3, 13e-3), "moe": (10e-3, 22e-3), "mtp": (11e-3, 24e-3), "head": (1e-3, 2e-3),
 }  # fmt: skip
@@ -73,8 +77,27 @@ class LayerTimes:
         """A dense layer, an expert layer, an MTP layer without head, one pass of head and loss."""
         if name not in self._units:
             rows = tuple(self._rows(name))
-            self._units[name] = _summed(rows, self._again(name), LAUNCH_SECONDS[name])
+            alone = _summed(rows, self._again(name), LAUNCH_SECONDS[name])
+            self._units[name] = self._with_offloading(name, alone)
         return self._units[name]
+
+    def _with_offloading(self, name: Unit, alone: UnitTime) -> UnitTime:
+        """Copies to the host run beside a layer's forward, those back beside its backward."""
+        work = self.workload
+        if name == "head" or not work.memory.offload_activations:
+            return alone
+        layer = unit_of("dense" if name == "dense" else "moe", work.arch, cut_of(work))
+        num_bytes = layer.host * self._tokens
+        seconds = num_bytes / (HOST_SHARE * self.kernels.card.host_gb_s * 1e9)
+        shown = [max(0.0, seconds - alone.total(forward=forward)) for forward in (True, False)]
+        origin = f"{num_bytes / 2**20:.0f} MiB each way, less the layer that hides it"
+        away = Seconds(shown[0], shown[1], origin)
+        row = Row("activations to host memory and back", "compute", away)
+        forward, backward = (
+            {**times, "compute": times["compute"] + more}
+            for times, more in zip((alone.forward, alone.backward), shown, strict=True)
+        )
+        return UnitTime(forward=forward, backward=backward, rows=(*alone.rows, row))
 
     def _rows(self, name: Unit) -> Iterator[Row]:
         arch = self.workload.arch

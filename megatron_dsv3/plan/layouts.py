@@ -1,8 +1,11 @@
 """All layouts of a request: what the search goes through, cheapest differences last.
 
-A layout is the process grid with its micro-batch, precision and recompute set. How the optimizer's
-states are kept hardly changes the time of a step, so it is no part of a layout: of the ladder
+A layout is the process grid with its micro-batch, precision and recompute set. How masters, moments
+and weights are kept hardly changes the time of a step, so it is no part of a layout: of the ladder
 `STATES` the first rung that fits is taken.
+
+Left out is what cannot win: experts cut by tensor parallelism where expert parallelism can deal
+them out as finely (`_etp_sizes` says why), and grids whose experts do not fill a node.
 """
 
 import functools
@@ -26,25 +29,55 @@ RECOMPUTE: Mapping[str, MemorySection] = {
         recompute="selective",
         recompute_modules=("mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"),
     ),
+    "inputs offloaded": MemorySection(
+        recompute="selective",
+        recompute_modules=("mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"),
+        offload_activations=("expert_fc1",),
+    ),
     "experts": MemorySection(
         recompute="selective", recompute_modules=("mla_up_proj", "layernorm", "moe", "mlp")
     ),
     "full": MemorySection(recompute="full"),
 }
-"""Recompute sets from the fastest to the smallest."""
-_STATES: Mapping[str, dict[str, Any]] = {
-    "fp32 moments": {},
-    "bf16 moments": {"moments": "bf16"},
-    "half offloaded": {"offload_fraction": 0.5},
-    "offloaded": {"offload_fraction": 1.0},
-    "bf16 moments and gradients": {"moments": "bf16", "gradients": "bf16"},
-    "offloaded, bf16 gradients": {"offload_fraction": 1.0, "gradients": "bf16"},
+"""What is computed again or kept in host memory, from the fastest to the smallest.
+
+Of what can be offloaded the experts' inputs alone are tried, with all that is cheap to compute
+again: they are the largest tensors, and their copies take about as long as a layer's forward. What
+attention holds (queries, keys, values, result) takes longer to copy than to compute again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A way to keep what stays from step to step."""
+
+    optimizer: OptimizerSection
+    fp8_params: bool = False
+    """Weights in FP8 alone: for layouts in FP8 only."""
+
+
+def _rung(fp8_params: bool = False, **settings: Any) -> Rung:
+    section = OptimizerSection(overlap_grad_reduce=True, overlap_param_gather=True, **settings)
+    return Rung(section, fp8_params)
+
+
+STATES: Mapping[str, Rung] = {
+    "fp32 moments": _rung(),
+    "fp32 moments, fp8 weights": _rung(fp8_params=True),
+    "bf16 moments": _rung(moments="bf16"),
+    "bf16 moments, fp8 weights": _rung(fp8_params=True, moments="bf16"),
+    # None of these with FP8 weights: Megatron-Core 0.19 offloads the optimizer of weights that can
+    # be viewed as rows of numbers, which weights in blocks cannot.
+    "half offloaded": _rung(offload_fraction=0.5),
+    "offloaded": _rung(offload_fraction=1.0),
+    "bf16 moments and gradients": _rung(moments="bf16", gradients="bf16"),
+    "bf16 moments and gradients, fp8 weights": _rung(
+        fp8_params=True, moments="bf16", gradients="bf16"
+    ),
+    "offloaded, bf16 gradients": _rung(offload_fraction=1.0, gradients="bf16"),
 }
-STATES: Mapping[str, OptimizerSection] = {
-    name: OptimizerSection(overlap_grad_reduce=True, overlap_param_gather=True, **settings)
-    for name, settings in _STATES.items()
-}
-"""What becomes of masters, moments and gradients, from what changes least to what frees most."""
+"""What becomes of masters, moments, gradients and weights, from what changes least to what frees
+most."""
 USUAL_STATES = tuple(name for name in STATES if "gradients" not in name)
 """Without bf16 gradients, which lose what is small beside the sum: only where a user allows it."""
 TOKENS_PER_STEP = 2**22
@@ -52,7 +85,18 @@ TOKENS_PER_STEP = 2**22
 LARGEST_BATCH = 2.0
 """Times `TOKENS_PER_STEP`, where a layout cannot divide that."""
 MAX_PP_SIZE = 32
+MAX_EXPERT_RANKS = 256
+"""Among which the experts of a layer are dealt out or cut."""
 MICRO_BATCHES = (1, 2, 4)
+
+
+def allowed_recompute(*, offload_activations: bool) -> tuple[str, ...]:
+    """Sets of `RECOMPUTE` that a user lets the search take."""
+    return tuple(
+        name
+        for name, section in RECOMPUTE.items()
+        if offload_activations or not section.offload_activations
+    )
 
 
 def allowed_states(*, moments: str, offload: bool, bf16_gradients: bool) -> tuple[str, ...]:
@@ -65,10 +109,10 @@ def allowed_states(*, moments: str, offload: bool, bf16_gradients: bool) -> tupl
     """
     names = [
         name
-        for name, section in STATES.items()
-        if moments in ("any", section.moments)
-        and (offload or section.offload_fraction == 0)
-        and (bf16_gradients or section.gradients == "fp32")
+        for name, rung in STATES.items()
+        if moments in ("any", rung.optimizer.moments)
+        and (offload or rung.optimizer.offload_fraction == 0)
+        and (bf16_gradients or rung.optimizer.gradients == "fp32")
     ]
     return tuple(names)
 
@@ -107,9 +151,15 @@ class Layout:
     recompute: str
     precision: Precision
 
+    def takes(self, name: str) -> bool:
+        """Whether a rung of `STATES` is one for this layout."""
+        return self.precision == "fp8" or not STATES[name].fp8_params
+
     def with_states(self, name: str) -> Workload:
-        """The workload with a rung of `STATES`."""
-        return replace(self.workload, optimizer=STATES[name])
+        """The workload with a rung of `STATES` that it takes."""
+        rung = STATES[name]
+        precision = _precision(self.precision, rung.fp8_params)
+        return replace(self.workload, optimizer=rung.optimizer, precision=precision)
 
 
 def layouts(request: Request) -> Iterator[Layout]:
@@ -130,17 +180,20 @@ def layouts(request: Request) -> Iterator[Layout]:
                     micro_batch_size=micro_batch_size,
                     num_micro_batches=num_micro_batches,
                     document_length=request.document_length,
-                    precision=_precision(precision),
+                    precision=_precision(precision, False),
                     memory=RECOMPUTE[name],
-                    optimizer=STATES[request.states[0]],
+                    optimizer=STATES[request.states[0]].optimizer,
                     imbalance=request.imbalance,
                 )
                 if _rows_divide(workload):
                     yield Layout(workload, name, precision)
 
 
-def _precision(name: Precision) -> PrecisionSection:
-    return PrecisionSection() if name == "bf16" else PrecisionSection(fp8="blockwise")
+@functools.cache
+def _precision(name: Precision, fp8_params: bool) -> PrecisionSection:
+    if name == "bf16":
+        return PrecisionSection()
+    return PrecisionSection(fp8="blockwise", fp8_params=fp8_params)
 
 
 def _rows_divide(workload: Workload) -> bool:
@@ -168,17 +221,35 @@ def _grids(request: Request) -> Iterator[Parallel]:
     tp_sizes = [n for n in _divisors(node) if _cuts(arch, n)]
     pp_sizes = [n for n in _divisors(world) if n <= min(MAX_PP_SIZE, arch.num_layers + 1)]
     cp_sizes = [n for n in (1, 2, 4, 8, 16) if n == 1 or request.seq_length // n >= 1024]
-    ep_sizes = [n for n in _divisors(arch.num_experts) if n <= 256]
-    for tp, pp, cp, ep in itertools.product(tp_sizes, pp_sizes, cp_sizes, ep_sizes):
-        if world % (tp * pp * cp) or world % (ep * pp) or ep < min(node, arch.num_experts):
+    ep_sizes = [n for n in _divisors(arch.num_experts) if n <= MAX_EXPERT_RANKS]
+    experts = [(ep, etp) for ep in ep_sizes for etp in _etp_sizes(arch, ep, node)]
+    for tp, pp, cp, (ep, etp) in itertools.product(tp_sizes, pp_sizes, cp_sizes, experts):
+        if world % (tp * pp * cp) or world % (ep * etp * pp):
+            continue
+        if ep * etp < min(node, arch.num_experts):
             continue
         for vpp in (1, 2, 4):
             if vpp > 1 and (pp == 1 or pp * vpp > arch.num_layers + 1):
                 continue
             yield Parallel(
-                tp_size=tp, pp_size=pp, vpp_size=vpp, ep_size=ep, cp_size=cp,
+                tp_size=tp, pp_size=pp, vpp_size=vpp, ep_size=ep, etp_size=etp, cp_size=cp,
                 stages=_stages(arch, pp, vpp),
             )  # fmt: skip
+
+
+def _etp_sizes(arch: Architecture, ep_size: int, gpus_per_node: int) -> list[int]:
+    """Ways to cut each expert, within a node, where expert parallelism cannot do the same.
+
+    ETP n with EP e holds as many weights as EP n * e. But each of the n ranks takes in the tokens
+    of all of them, so it holds n times the experts' inputs, gathers them over NVLink on top of the
+    same exchange, and multiplies by narrower matrices: larger and slower, always (a test compares
+    pairs). So it is for more ranks than there are experts, or numbers that do not divide; the 671B
+    with its 256 experts never asks for it.
+    """
+    most = MAX_EXPERT_RANKS // ep_size
+    sizes = [n for n in _divisors(gpus_per_node) if n <= most and arch.moe_ffn_hidden_size % n == 0]
+    finer = [n for n in sizes if n > 1 and arch.num_experts % (n * ep_size) == 0]
+    return [size for size in sizes if all(size % n for n in finer)]
 
 
 def _cuts(arch: Architecture, size: int) -> bool:

@@ -12,7 +12,14 @@ from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import Stage, place
 from megatron_dsv3.plan.activations import HELD, Counted, count
 from megatron_dsv3.plan.build import built
-from megatron_dsv3.plan.records import GIB, Activations, StageMemory, States, Workload
+from megatron_dsv3.plan.records import (
+    GIB,
+    Activations,
+    StageMemory,
+    States,
+    Workload,
+    allocated,
+)
 from megatron_dsv3.plan.schedule import counts_at_peak, order
 from megatron_dsv3.plan.states import BuildOptimizer, count_states
 
@@ -71,7 +78,7 @@ def put_together(workload: Workload, pp_rank: int, parts: StageParts) -> StageMe
         states=parts.states,
         activations=activations,
         buffers=buffers(workload),
-        fragmentation=int(UNUSABLE * (parts.states.gpu + activations.total)),
+        fragmentation=int(UNUSABLE * allocated(parts.states, activations)),
     )
 
 
@@ -106,6 +113,7 @@ def over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counted
         recomputed=highest.peak.get("recomputed", 0),
         working=highest.peak.get("working", 0),
         in_flight=sum(in_flight) / len(in_flight),
+        host=sum(n * chunk.host for n, chunk in zip(in_flight, chunks, strict=True)),
     )
 
 

@@ -13,7 +13,8 @@ from megatron_dsv3.plan.schedule import Timeline
 COLOURS: Mapping[str, str] = {
     "weights": "#4e79a7", "gradients": "#76b7b2", "optimizer": "#59a14f", "caches": "#8cd17d",
     "activations": "#f28e2b", "experts": "#ffbe7d", "recomputed": "#edc948", "logits": "#e15759",
-    "MTP": "#b07aa1", "working": "#ff9da7", "buffers": "#9c755f", "fragmentation": "#bab0ac",
+    "MTP": "#b07aa1", "working": "#ff9da7", "buffers": "#9c755f", "update": "#d37295",
+    "fragmentation": "#bab0ac",
 }  # fmt: skip
 DPI = 120
 
@@ -27,7 +28,7 @@ def parts(stage: StageMemory) -> dict[str, float]:
         "activations": activations.saved, "experts": activations.experts,
         "recomputed": activations.recomputed, "logits": activations.logits,
         "MTP": activations.mtp, "working": activations.working, "buffers": stage.buffers,
-        "fragmentation": stage.fragmentation,
+        "update": max(0, states.update - activations.total), "fragmentation": stage.fragmentation,
     }  # fmt: skip
     return {name: size / GIB for name, size in sizes.items()}
 

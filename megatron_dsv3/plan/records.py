@@ -20,6 +20,8 @@ from megatron_dsv3.config.sections import (
 )
 
 GIB = 2**30
+HOST_ROUNDING = 2
+"""Pinned memory comes in powers of two: at most so many times what is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,8 @@ class States:
     """Masters, moments and gradients in host memory."""
     caches: int = 0
     """What Transformer Engine keeps: FP8 copies of weights, workspaces, stand-ins for gradients."""
+    update: int = 0
+    """What the update takes for a moment, when activations are gone."""
 
     @property
     def gpu(self) -> int:
@@ -127,12 +131,24 @@ class Activations:
     """Short-lived: gradients of activations and workspaces at the peak."""
     in_flight: float
     """Micro-batches whose activations this stage holds at once, in units of the whole stage."""
+    host: int = 0
+    """In host memory, of all micro-batches in flight."""
 
     @property
     def total(self) -> int:
         """At the peak."""
         kept = self.saved + self.experts + self.recomputed
         return kept + self.logits + self.mtp + self.working
+
+
+def allocated(states: States, activations: Activations) -> int:
+    """At the peak of a step: in forward and backward, or in the update."""
+    return states.gpu + max(activations.total, states.update)
+
+
+def on_host(states: States, activations: Activations) -> int:
+    """In the memory of the rank's node."""
+    return states.optimizer_host + HOST_ROUNDING * activations.host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +168,7 @@ class StageMemory:
     @property
     def allocated(self) -> int:
         """What `torch.cuda.max_memory_allocated` will say."""
-        return self.states.gpu + self.activations.total
+        return allocated(self.states, self.activations)
 
     @property
     def total(self) -> int:
@@ -251,6 +267,6 @@ class Plan:
 
     @property
     def host_gib(self) -> float:
-        """Optimizer states in a node's host memory, of the fullest stage."""
-        fullest = max(stage.states.optimizer_host for stage in self.stages)
+        """States and activations in a node's host memory, of the fullest stage."""
+        fullest = max(on_host(stage.states, stage.activations) for stage in self.stages)
         return fullest * self.cluster.gpus_per_node / GIB

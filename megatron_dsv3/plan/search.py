@@ -16,6 +16,8 @@ from megatron_dsv3.plan.records import (
     StageMemory,
     States,
     Workload,
+    allocated,
+    on_host,
 )
 from megatron_dsv3.plan.speed import Speed
 
@@ -208,14 +210,16 @@ def _first_rung(layout: Layout, request: Request, model: _Model, *, slack: float
     """Where none fits, `lacks_gib` may be too low: activations are looked at only if states fit."""
     activations: Sequence[Activations] = []
     lacks = float("inf")
-    for name in request.states:
+    for name in filter(layout.takes, request.states):
         states = model.states(layout.with_states(name))
-        if _host_lacks(states, request.cluster) > 0:
+        if _host_lacks(states, activations, request.cluster) > 0:
             continue
         short = _lacks(states, [], layout.workload, request)
         if short <= slack:
             activations = activations or model.activations(layout.workload)
             short = _lacks(states, activations, layout.workload, request)
+            if _host_lacks(states, activations, request.cluster) > 0:
+                continue
         if short <= slack:
             return _Rung(name, 0.0)
         lacks = min(lacks, short)
@@ -226,9 +230,9 @@ def _lacks_at_least(layout: Layout, request: Request, model: _Model) -> float:
     """GiB a card, with the rung that comes nearest; infinite where host memory rules all out."""
     activations = model.activations(layout.workload)
     lacks = float("inf")
-    for name in request.states:
+    for name in filter(layout.takes, request.states):
         states = model.states(layout.with_states(name))
-        if _host_lacks(states, request.cluster) <= 0:
+        if _host_lacks(states, activations, request.cluster) <= 0:
             lacks = min(lacks, _lacks(states, activations, layout.workload, request))
     return lacks
 
@@ -254,14 +258,19 @@ def _lacks(
     """GiB that the fullest card lacks; negative: has left. Without activations, at least."""
     totals = [held.gpu for held in states]
     if activations:
-        pairs = zip(states, activations, strict=True)
-        totals = [held.gpu + come.total for held, come in pairs]
+        totals = [allocated(*pair) for pair in zip(states, activations, strict=True)]
     total = max(totals) * (1 + UNUSABLE) + buffers(workload)
     return total / GIB + request.spare_gib - request.cluster.card.memory_gib
 
 
-def _host_lacks(states: Sequence[States], cluster: Cluster) -> float:
-    needed = max(held.optimizer_host for held in states) * cluster.gpus_per_node / GIB
+def _host_lacks(
+    states: Sequence[States], activations: Sequence[Activations], cluster: Cluster
+) -> float:
+    """GiB that a node lacks; negative: has left. Without activations, at least."""
+    sizes = [held.optimizer_host for held in states]
+    if activations:
+        sizes = [on_host(*pair) for pair in zip(states, activations, strict=True)]
+    needed = max(sizes) * cluster.gpus_per_node / GIB
     return needed - (1 - HOST_RESERVE) * cluster.host_memory_gib
 
 
@@ -341,7 +350,11 @@ def _nearest_miss(
         if lacks >= limit:
             continue
         rate = speed.step(layout.workload).tokens_per_second_per_gpu
-        if rate > reached:
+        if rate <= reached:
+            continue
+        lacks = _lacks_at_least(layout, request, UNITS)
+        # Not the card's: host memory is what some lack.
+        if 0 < lacks < limit:
             limit = lacks
             nearest = Missed(
                 workload=layout.workload, recompute=layout.recompute, lacks_gib=lacks,

@@ -15,7 +15,7 @@ from megatron_dsv3.config.sections import MemorySection
 from megatron_dsv3.plan.records import GIB, Activations, States, Workload
 from megatron_dsv3.plan.schedule import counts_at_peak, order
 from megatron_dsv3.plan.speed import stage_parameters
-from megatron_dsv3.plan.states import FP8_COPIES, optimizer_bytes
+from megatron_dsv3.plan.states import FP8_COPIES, optimizer_bytes, update_bytes
 
 FP8_COPY = 1 / 2 + 1 / 64
 """Of a bf16 input that FP8 keeps as bytes with a scale for 128."""
@@ -37,7 +37,7 @@ class Tensor:
     is_input: bool
     """Of a product, which FP8 keeps in its own format."""
     again: frozenset[str] = frozenset()
-    """Recompute modules that leave it out."""
+    """Modules to recompute or offload that leave it out."""
     of_experts: bool = False
 
 
@@ -52,7 +52,7 @@ def stage_activations(workload: Workload) -> list[Activations]:
     mine: list[list[Stage]] = [[] for _ in range(parallel.pp_size)]
     for stage in place(workload.arch, parallel):
         mine[stage.pp_rank].append(stage)
-    whole = _layer(workload, moe=True).whole
+    layer = _layer(workload, moe=True)
     # More than a warm-up's worth of micro-batches changes nothing.
     most = min(workload.num_micro_batches, (parallel.vpp_size + 2) * parallel.pp_size)
     found = []
@@ -61,7 +61,7 @@ def stage_activations(workload: Workload) -> list[Activations]:
         weights = [saved + experts for saved, experts in chunks]
         relative = tuple(round(weight / max(weights), 2) for weight in weights)
         counts = _counts(pp_rank, parallel.pp_size, parallel.vpp_size, most, relative)
-        found.append(_activations(workload, stages, chunks, counts, whole))
+        found.append(_activations(workload, stages, chunks, counts, layer))
     return found
 
 
@@ -84,16 +84,17 @@ def _states(workload: Workload, common: float, experts: float) -> States:
     each = optimizer_bytes(optimizer, workload.precision)
     gradient = 4 if optimizer.gradients == "fp32" else 2
     fp8 = workload.precision.fp8 != "off"
-    weight = (1 + 1 / 32) if workload.precision.fp8_params else 2
     copies = fp8 and not workload.precision.fp8_params
     return States(
         parameters=int(common + experts),
-        weights=int((common + experts) * weight),
+        # Of weights in FP8 alone there is one by rows and one by columns: two bytes as well.
+        weights=int((common + experts) * 2),
         gradients=int((common + experts) * gradient),
         optimizer=int(share * each.gpu),
         optimizer_host=int(share * each.host),
         # Embedding and head are not products in FP8, so this is a little too much.
         caches=WORKSPACES + int((common + experts) * FP8_COPIES * copies),
+        update=update_bytes(share, share, workload),
     )
 
 
@@ -102,9 +103,10 @@ def _activations(
     stages: list[Stage],
     chunks: list[tuple[float, float]],
     counts: tuple[int, ...],
-    whole: float,
+    layer: "_Layer",
 ) -> Activations:
-    """`whole`: all that an expert layer would keep without recomputation."""
+    """`layer`: one with experts."""
+    whole = layer.whole
     saved = sum(chunk[0] * count for chunk, count in zip(chunks, counts, strict=True))
     experts = sum(chunk[1] * count for chunk, count in zip(chunks, counts, strict=True))
     arch, tp_size = workload.arch, workload.parallel.tp_size
@@ -118,11 +120,17 @@ def _activations(
         again, working = AGAIN * whole, 0.15 * whole
     elif workload.memory.recompute == "selective" and "moe" in workload.memory.recompute_modules:
         again = AGAIN_EXPERTS * whole
+    # What backward needs next is back already, or has never been away.
+    again += layer.away
     # Logits are gone when the first layer's backward begins: the larger of the two peaks.
     if has_loss:
         again, working = 0.0, max(WORKING * whole, again + working - logits)
     total = sum(first + second for first, second in chunks)
     held = sum((first + second) * n for (first, second), n in zip(chunks, counts, strict=True))
+    away = sum(
+        n * (sum(map(arch.is_moe_layer, stage.layers)) + len(stage.mtp_layers))
+        for stage, n in zip(stages, counts, strict=True)
+    )
     return Activations(
         saved=int(saved),
         experts=int(experts),
@@ -131,6 +139,7 @@ def _activations(
         mtp=0,
         working=int(working),
         in_flight=held / total if total else 0.0,
+        host=int(away * layer.away),
     )
 
 
@@ -144,6 +153,8 @@ class _Layer:
     """Kept for backward by the routed experts."""
     whole: float
     """What there would be without recomputation."""
+    away: float = 0.0
+    """In host memory until backward."""
 
 
 def _held(workload: Workload, stage: Stage) -> tuple[float, float]:
@@ -162,7 +173,14 @@ def _held(workload: Workload, stage: Stage) -> tuple[float, float]:
 def _layer(workload: Workload, *, moe: bool) -> _Layer:
     fp8 = workload.precision.fp8 != "off"
     return _summed(
-        workload.arch, _share(workload), workload.imbalance, workload.memory, fp8=fp8, moe=moe
+        workload.arch,
+        _share(workload),
+        workload.imbalance,
+        workload.parallel.etp_size,
+        workload.memory,
+        fp8=fp8,
+        has_cp=workload.parallel.cp_size > 1,
+        moe=moe,
     )
 
 
@@ -171,40 +189,49 @@ def _summed(
     arch: Architecture,
     share: float,
     imbalance: float,
+    etp_size: int,
     memory: MemorySection,
     *,
     fp8: bool,
+    has_cp: bool,
     moe: bool,
 ) -> _Layer:
-    again = set(memory.recompute_modules if memory.recompute == "selective" else ())
-    plain = experts = whole = 0.0
-    for tensor in _tensors(arch, share, imbalance, moe=moe):
-        size = tensor.num_bytes * (FP8_COPY if fp8 and tensor.is_input else 1.0)
+    # On the card neither is there when backward begins.
+    again: set[str] = set(memory.offload_activations)
+    again |= set(memory.recompute_modules if memory.recompute == "selective" else ())
+    plain = experts = whole = away = 0.0
+    for tensor in _tensors(arch, share, imbalance, etp_size, has_cp=has_cp, moe=moe):
+        is_away = bool(tensor.again & set(memory.offload_activations))
+        # What is offloaded is held as it is.
+        size = tensor.num_bytes * (FP8_COPY if fp8 and tensor.is_input and not is_away else 1.0)
         whole += size
+        away += size * is_away
         if tensor.again & again:
             continue
         plain += 0.0 if tensor.of_experts else size
         experts += size if tensor.of_experts else 0.0
     if memory.recompute == "full":
         return _Layer(2.0 * share * arch.hidden_size, 0.0, whole)
-    return _Layer(plain, experts, whole)
+    return _Layer(plain, experts, whole, away)
 
 
 def _share(workload: Workload) -> float:
     return workload.tokens_per_rank / workload.parallel.tp_size
 
 
-def _tensors(arch: Architecture, share: float, imbalance: float, *, moe: bool) -> Iterator[Tensor]:
+def _tensors(
+    arch: Architecture, share: float, imbalance: float, etp_size: int, *, has_cp: bool, moe: bool
+) -> Iterator[Tensor]:
     """`share`: tokens of a rank over tensor-parallel ranks, which cut all of these tensors."""
     hidden = 2.0 * share * arch.hidden_size
     norms, up = frozenset({"layernorm"}), frozenset({"mla_up_proj"})
     yield Tensor(hidden, False)  # the layer's input, for its norm
     yield Tensor(hidden, True, norms)
-    yield from _attention(arch, share, up)
+    yield from _attention(arch, share, up, has_cp=has_cp)
     yield Tensor(hidden, False)  # between attention and feed-forward
     if moe:
         yield Tensor(hidden, True, norms | {"moe"})
-        yield from _experts(arch, share, imbalance)
+        yield from _experts(arch, share, imbalance, etp_size)
         return
     mlp = frozenset({"mlp"})
     yield Tensor(hidden, True, mlp)
@@ -212,22 +239,30 @@ def _tensors(arch: Architecture, share: float, imbalance: float, *, moe: bool) -
     yield Tensor(2.0 * share * arch.ffn_hidden_size, True, mlp)
 
 
-def _attention(arch: Architecture, share: float, up: frozenset[str]) -> Iterator[Tensor]:
+def _attention(
+    arch: Architecture, share: float, up: frozenset[str], *, has_cp: bool
+) -> Iterator[Tensor]:
     """By tokens and heads: tensor parallelism cuts the heads of all tokens, so `share` counts."""
     width = arch.qk_head_dim + arch.qk_rope_head_dim
     latents = 2.0 * share * ((arch.q_lora_rank or 0) + arch.kv_lora_rank)
     yield Tensor(latents, False)
     yield Tensor(latents, True, up)
-    for size in (width, width, arch.v_head_dim):
-        yield Tensor(2.0 * share * arch.num_heads * size, False, up | {"core_attn"})
+    core = frozenset({"core_attn"})
+    for size in (width, width) if has_cp else (width, width, arch.v_head_dim):
+        yield Tensor(2.0 * share * arch.num_heads * size, False, up | core)
+    # Context parallelism pads values to the width of keys, and cuts the result: copies of both.
+    for _ in range(2 * has_cp):
+        yield Tensor(2.0 * share * arch.num_heads * width, False, core)
     yield Tensor(2.0 * share * arch.num_heads * arch.v_head_dim, False)
 
 
-def _experts(arch: Architecture, share: float, imbalance: float) -> Iterator[Tensor]:
+def _experts(arch: Architecture, share: float, imbalance: float, etp_size: int) -> Iterator[Tensor]:
+    """`etp_size` ranks cut the experts' width, and each takes in the tokens of all of them."""
     moe = frozenset({"moe"})
     sent = share * arch.num_experts_per_token * imbalance
     width = arch.moe_ffn_hidden_size
-    yield Tensor(2.0 * sent * arch.hidden_size, True, moe, of_experts=True)
+    first = moe | {"expert_fc1"}
+    yield Tensor(2.0 * sent * etp_size * arch.hidden_size, True, first, of_experts=True)
     yield Tensor(2.0 * sent * 2 * width, False, moe, of_experts=True)
     yield Tensor(2.0 * sent * width, True, moe | {"moe_act"}, of_experts=True)
     shared = moe | {"shared_experts"}

@@ -93,6 +93,17 @@ class Speed:
             whole=whole,
         )
 
+    def units(self, workload: Workload) -> Mapping[Unit, UnitTime]:
+        """The kinds of layers that the workload has, with what their times are made of."""
+        arch, times = workload.arch, self._times(workload)
+        there: dict[Unit, bool] = {
+            "dense": arch.num_dense_layers > 0,
+            "moe": arch.num_moe_layers > 0,
+            "mtp": arch.num_mtp_layers > 0,
+            "head": True,
+        }
+        return {name: times.unit(name) for name, is_there in there.items() if is_there}
+
     def _times(self, workload: Workload) -> LayerTimes:
         """Units depend on less than the whole workload, and are worked out once."""
         parallel = workload.parallel

@@ -53,6 +53,7 @@ def count_states(built: Built, workload: Workload, build_optimizer: BuildOptimiz
     parameters = [p for chunk in built.chunks for p in chunk.parameters()]
     trained = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
+    weights = list(chain.from_iterable(map(product_weights, built.chunks)))
     return States(
         parameters=sum(p.numel() for p in trained),
         weights=sum(_nbytes(buffer.param_data) for buffer in buffers)
@@ -60,7 +61,8 @@ def count_states(built: Built, workload: Workload, build_optimizer: BuildOptimiz
         gradients=sum(_nbytes(buffer.grad_data) for buffer in buffers),
         optimizer=int(own * each.gpu),
         optimizer_host=int(own * each.host),
-        caches=caches(chain.from_iterable(map(product_weights, built.chunks)), workload.precision),
+        caches=caches(weights, workload.precision),
+        update=update_bytes(own, _own_products(weights, workload), workload),
     )
 
 
@@ -121,6 +123,40 @@ def product_weights(chunk: DeepseekV3Model) -> list[Weight]:
     if head is not None and head.requires_grad:
         weights.append(Weight("output_layer.weight", tuple(head.shape), "bf16", False))
     return weights
+
+
+def _own_products(weights: Iterable[Weight], workload: Workload) -> float:
+    """Numbers in FP8 products that this rank updates."""
+    products = [w for w in weights if w.is_product and w.precision != "bf16"]
+    parallel = workload.parallel
+    copies = parallel.dp_size(workload.world_size) * parallel.cp_size
+    experts = sum(w.size for w in products if w.is_expert)
+    common = sum(w.size for w in products) - experts
+    shares = common / copies + experts / parallel.edp_size(workload.world_size)
+    return shares * parallel.num_optimizer_instances
+
+
+def update_bytes(own: float, products: float, workload: Workload) -> int:
+    """What the update takes for a moment beside states.
+
+    Args:
+        own: Numbers that this rank updates.
+        products: Of these, those of products in FP8.
+        workload: How they are kept.
+    """
+    optimizer, precision = workload.optimizer, workload.precision
+    size = 0.0
+    if precision.fp8_params:
+        # Transformer Engine casts all masters to bf16 before it casts the first of them to FP8, so
+        # that weights are the same as with a copy in bf16.
+        size += 2 * products
+    in_adam = optimizer.offload_fraction > 0 or (
+        optimizer.moments == "bf16" and precision.fp8 == "off"
+    )
+    if optimizer.gradients == "bf16" and not in_adam:
+        # Where Megatron-Core keeps the masters it hands Adam gradients of their type.
+        size += 4 * own
+    return int(size)
 
 
 def caches(weights: Iterable[Weight], precision: PrecisionSection) -> int:

@@ -41,6 +41,8 @@ class Unit:
     """Between forward and backward, by kind."""
     peak: Mapping[str, float]
     """Alone, at its own peak."""
+    host: float
+    """In host memory, between forward and backward."""
     left: float
     """After its backward."""
     common: int
@@ -119,6 +121,7 @@ def activations_of(names: Names, arch: Architecture, cut: "Cut", tokens: int) ->
     return Counted(
         held={kind: round(size * tokens) for kind, size in held.items()},
         peak={kind: round(size * tokens) for kind, size in peak.items()},
+        host=round(sum(unit.host for unit in units) * tokens),
         left=round(whole * tokens),
         modules={},
     )
@@ -184,6 +187,7 @@ def count_unit(name: str, arch: Architecture, cut: Cut) -> Unit:
     return Unit(
         held={kind: size / TOKENS for kind, size in counted.held.items()},
         peak={kind: size / TOKENS for kind, size in counted.peak.items()},
+        host=counted.host / TOKENS,
         left=counted.left / TOKENS,
         common=sum(sizes.values()) - experts,
         experts=experts * small.parallel.ep_size,
@@ -216,6 +220,7 @@ def _counted_before() -> Mapping[str, dict[str, Any]]:
 def _entry(name: str, cut: Cut) -> str:
     memory = cut.memory
     again = ",".join(sorted(memory.recompute_modules)) if memory.recompute == "selective" else ""
+    again += "".join(f" -{name}" for name in sorted(memory.offload_activations))
     parts = (
         name, cut.tp_size, cut.etp_size, cut.has_ep, cut.has_cp,
         cut.precision.compute, cut.precision.fp8, memory.recompute, again, cut.imbalance,
