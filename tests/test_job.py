@@ -327,6 +327,19 @@ def test_chunked_pipelines_need_rounds_of_micro_batches():
     assert plain.problems(DEEPSEEK_V3, 4) == []
 
 
+def test_layers_out_of_fp8_are_as_many_as_megatron_core_takes():
+    def fp8(first: int, last: int) -> Job:
+        precision = {"fp8": "blockwise", "bf16_first_layers": first, "bf16_last_layers": last}
+        return job(precision=precision, parallel={"pp_size": 8})
+
+    assert fp8(8, 9).problems(DEEPSEEK_V3, 8) == [
+        f"precision.{name} {number} exceeds num_hidden_layers(61) // pp_size(8) = 7; use at most "
+        "that"
+        for name, number in (("bf16_first_layers", 8), ("bf16_last_layers", 9))
+    ]
+    assert fp8(7, 7).problems(DEEPSEEK_V3, 8) == []
+
+
 def test_problems_with_model_and_world_come_together():
     wrong = job(parallel={"tp_size": 3}, data={"seq_length": 3 * 2**14})
     arch = replace(DEEPSEEK_V3, max_position_embeddings=4096)

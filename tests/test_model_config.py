@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Yarn
 from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
-from megatron_dsv3.config.sections import ExpertsSection, MemorySection
+from megatron_dsv3.config.sections import ExpertsSection, MemorySection, PrecisionSection
 from megatron_dsv3.model import config as module
 from megatron_dsv3.model.config import DeepseekV3Config, mcore_config
 
@@ -290,3 +290,17 @@ def test_full_recompute_keeps_every_layers_input(given):
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(8, r"num_layers_at_start_in_bf16 \(8\) must be between 0"), (7, "transformer-engine>=")],
+)
+def test_megatron_core_takes_as_many_layers_out_of_fp8_as_a_job_may_have(number, message):
+    """61 over 8 stages; what it asks for next, and lacks on a CPU, is Transformer Engine."""
+    precision = PrecisionSection(fp8="blockwise", bf16_first_layers=number)
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match=message):
+        mcore_config(
+            DEEPSEEK_V3, Parallel(pp_size=8), dtype=torch.bfloat16, device=cpu, precision=precision
+        )

@@ -6,6 +6,7 @@ python examples/quickstart/check.py DIR
 import argparse
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -38,7 +39,14 @@ def main() -> int:
         ),
         f"loss fell by {LEAST_FALL} or more": fall >= LEAST_FALL,
     }
-    Console().print(summary(records, difference, generate(model, directory / "output"), directory))
+    config = model.config
+    most = config.n_routed_experts / config.num_experts_per_tok
+    told = {
+        "expert balance": f"{balance(records)} (1 is even, {most:.0f} the worst)",
+        "largest logit difference": f"{difference:.1e} (Megatron against transformers)",
+        "greedy continuation": generate(model, directory / "output"),
+    }
+    Console().print(summary(records, told, directory))
     broken = [promise for promise, kept in promises.items() if not kept]
     print("; ".join(f"NOT KEPT: {promise}" for promise in broken) or "all checks passed")
     return 1 if broken else 0
@@ -78,16 +86,18 @@ def plot(records: list[StepRecord], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def summary(
-    records: list[StepRecord], difference: float, continuation: str, directory: Path
-) -> Table:
+def balance(records: list[StepRecord]) -> str:
+    """Largest load of an expert over the mean, at the first step and at the last."""
+    return f"{records[0].expert_balance:.2f} -> {records[-1].expert_balance:.2f}"
+
+
+def summary(records: list[StepRecord], told: Mapping[str, str], directory: Path) -> Table:
     """All of it in one table."""
     seconds = sum(record.seconds for record in records)
     rows = {
         "loss": f"{records[0].loss:.2f} -> {records[-1].loss:.2f} in {len(records)} steps",
         "tokens/s": f"{sum(record.tokens for record in records) / seconds:,.0f}",
-        "largest logit difference": f"{difference:.1e} (Megatron against transformers)",
-        "greedy continuation": continuation,
+        **told,
         "model": str(directory / "output"),
         "loss curve": str(directory / "loss.png"),
     }

@@ -160,6 +160,7 @@ class Job(Section):
                 f"data.seq_length {self.data.seq_length} exceeds the model's "
                 f"max_position_embeddings {arch.max_position_embeddings}; lower it"
             )
+        problems += self._bf16_layer_problems(arch)
         # A world that does not divide has no micro-batches either, for the same reason.
         return list(dict.fromkeys(problems + self._batch_problems(world_size)))
 
@@ -206,6 +207,20 @@ class Job(Section):
                 "both hold the embedding; put them together"
             ]
         return []
+
+    def _bf16_layer_problems(self, arch: Architecture) -> list[str]:
+        """Megatron-Core's rule, in its own words not before the process groups are there."""
+        pp_size, most = self.parallel.pp_size, arch.num_layers // self.parallel.pp_size
+        given = {
+            "bf16_first_layers": self.precision.bf16_first_layers,
+            "bf16_last_layers": self.precision.bf16_last_layers,
+        }
+        return [
+            f"precision.{name} {number} exceeds num_hidden_layers({arch.num_layers}) // "
+            f"pp_size({pp_size}) = {most}; use at most that"
+            for name, number in given.items()
+            if number > most
+        ]
 
     def _batch_problems(self, world_size: int) -> list[str]:
         try:

@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 from distributed.worker import Case, Outcome
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +27,29 @@ class Results:
 
     def tensors(self, name: str, what: str) -> dict[str, Tensor]:
         return load_file(self.out / name / f"{what}.safetensors")
+
+
+def launch_selected(
+    request: pytest.FixtureRequest,
+    launches: Sequence[Mapping[int, Sequence[Case]]],
+    *,
+    references: Sequence[Case],
+    hf_dir: Path,
+    out: Path,
+) -> Results:
+    """One launch for each number of processes: `references` in one, and the cases of `launches`.
+
+    Only cases of selected tests (`-k`), so that one layout can be looked at by itself.
+    """
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    selected = [each.params.get("case") for each in parameters if each is not None]
+    for size in sorted({1}.union(*launches)):
+        cases = [one for part in launches for one in part.get(size, []) if one in selected]
+        if size == 1:
+            cases = [*references, *cases]
+        if cases:
+            launch(size, cases, hf_dir=hf_dir, out=out)
+    return Results(out)
 
 
 def launch(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed.launch import Results, launch
+from distributed.launch import Results, launch, launch_selected
 from distributed.layouts import (
     ALLGATHER,
     FULL,
@@ -105,10 +105,8 @@ WRONG: dict[int, list[Case]] = {
         case("EP2 wrong", mistake="a bf16 bias"),
     ]
 }
-REFERENCES = {1: [ONE, BALANCED, MOVING, BF16]}
-LAUNCHES = (
-    REFERENCES, LAYOUTS, WITH_LOSSES, WITH_MOVING_BIASES, WITH_BF16_GRADIENTS, WRONG,
-)  # fmt: skip
+REFERENCES = (ONE, BALANCED, MOVING, BF16)
+LAUNCHES = (LAYOUTS, WITH_LOSSES, WITH_MOVING_BIASES, WITH_BF16_GRADIENTS, WRONG)
 
 
 def _all(cases: dict[int, list[Case]]) -> list[Case]:
@@ -121,12 +119,9 @@ def hf_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(hf_dir, tmp_path_factory) -> Results:
+def results(request, hf_dir, tmp_path_factory) -> Results:
     out = tmp_path_factory.mktemp("out")
-    for size in LAYOUTS:
-        cases = [case for part in LAUNCHES for case in part.get(size, [])]
-        launch(size, cases, hf_dir=hf_dir, out=out)
-    return Results(out)
+    return launch_selected(request, LAUNCHES, references=REFERENCES, hf_dir=hf_dir, out=out)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed.launch import Results, launch
+from distributed.launch import Results, launch_selected
 from distributed.layouts import ALLGATHER, FULL, ONE, OVERLAP, SELECTIVE, case, check
 from distributed.worker import Case
 from hf_reference import build, read
@@ -31,6 +31,8 @@ LAYOUTS: dict[int, list[Case]] = {
         case("PP2 overlapped", optimizer=OVERLAP),
         case("PP2 VPP2 overlapped", optimizer=OVERLAP),
         case("TP2 overlapped, two optimizer instances", optimizer=OVERLAP, parallel=TWO_INSTANCES),
+        case("EP2 two optimizer instances", parallel=TWO_INSTANCES),
+        case("CP2 EP2 overlapped, two instances", optimizer=OVERLAP, parallel=TWO_INSTANCES),
         case("PP4 VPP2"),
         case("PP2 VPP2, MTP apart from the loss", parallel={"stages": "Et*2|t*3|t*3|mL"}),
     ],
@@ -61,13 +63,9 @@ def hf_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(hf_dir, tmp_path_factory) -> Results:
-    out = tmp_path_factory.mktemp("out")
-    for size, cases in LAYOUTS.items():
-        references = [ONE, FROZEN] if size == 1 else []
-        together = [*references, *cases, *WITH_FROZEN_MTP.get(size, [])]
-        launch(size, together, hf_dir=hf_dir, out=out)
-    return Results(out)
+def results(request, hf_dir, tmp_path_factory) -> Results:
+    out, launches = tmp_path_factory.mktemp("out"), (LAYOUTS, WITH_FROZEN_MTP)
+    return launch_selected(request, launches, references=[ONE, FROZEN], hf_dir=hf_dir, out=out)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
