@@ -24,6 +24,7 @@ from chat_cases import (
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from megatron_dsv3.data import tokens
 from megatron_dsv3.data.messages import parse_conversation
@@ -272,6 +273,17 @@ def test_a_tokenizer_without_the_templates_tokens_is_refused(tmp_path):
     assert ids(tokenizer, [user("q"), assistant("a")])
     with pytest.raises(ValueError, match=rf"{tmp_path}: no special token <think> in the tokenizer"):
         ids(tokenizer, THINKING)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_is_what_transformers_would_load(tmp_path, name):
+    copy_tokenizer(tmp_path, tokenizer_class=name)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.init_kwargs == theirs.init_kwargs
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

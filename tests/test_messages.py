@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from megatron_dsv3.data.messages import Message, ToolCall, expand_turns, parse_conversation
@@ -81,6 +83,13 @@ def test_expanding_gives_one_conversation_a_counted_turn():
     assert list(expand_turns(parse_conversation([USER, silent]))) == []
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
@@ -146,6 +155,14 @@ def test_expanding_gives_one_conversation_a_counted_turn():
         (
             [{**ANSWER, "tool_calls": [call(name=None)]}],
             r"tool_calls\[0\]\.function\.name: expected a string, got null",
+        ),
+        (
+            [{**ANSWER, "tool_calls": [call(arguments={"x": [1, math.nan]})]}],
+            r"tool_calls\[0\]\.function\.arguments: expected what JSON can hold, got .*: nan",
+        ),
+        (
+            [{**ANSWER, "tool_calls": [call(arguments={"x": nested(100_000)})]}],
+            r"tool_calls\[0\]\.function\.arguments: expected what JSON can hold, got .*recursion",
         ),
         (
             [{**ANSWER, "tool_calls": [call(arguments=[1])]}],

@@ -34,7 +34,7 @@ def test_pages_and_their_headers_fill_a_column_as_the_footer_has_it(options):
             assert len(found) > 1
             headers = column.total_compressed_size - sum(page.packed for page in found)
             unpacked = sum(page.unpacked for page in found)
-            assert 0 < headers < 100 * len(found)
+            assert headers > 0
             assert unpacked == column.total_uncompressed_size - headers
 
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import importlib.resources
 import json
+import weakref
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from chat_cases import (
 from prepare_cases import GOOD, run, samples_of, write_rows
 
 from megatron_dsv3.data import pipeline, report_files
+from megatron_dsv3.data.chat import Rendered
 from megatron_dsv3.data.store import STORE_FILES, Store
 from megatron_dsv3.data.templates import TEMPLATES
 from megatron_dsv3.data.tokens import encode
@@ -182,6 +184,38 @@ def test_samples_do_not_depend_on_how_many_are_tokenised_at_once(tmp_path, monke
     monkeypatch.setattr(pipeline, "_CHARACTERS_AT_A_TIME", 1)
     assert run(tmp_path / "one", path, **options).rows == report.rows
     assert hashes(tmp_path / "one") == hashes(tmp_path / "many")
+
+
+def test_the_samples_of_a_long_row_are_not_held_all(tmp_path, tokenizer, monkeypatch):
+    """Expanded, a row is as long as its own length times its turns."""
+    monkeypatch.setattr(pipeline, "_CHARACTERS_AT_A_TIME", 3000)
+    alive, most = weakref.WeakSet(), 0
+    real = pipeline.render
+
+    def counted(*args, **options):
+        nonlocal most
+        rendered = Text(real(*args, **options))
+        alive.add(rendered)
+        most = max(most, sum(map(pipeline._length, alive)))
+        return rendered
+
+    class Text(Rendered):
+        __slots__ = ("__weakref__",)
+        __hash__ = object.__hash__
+
+        def __init__(self, rendered):
+            super().__init__(rendered.spans, rendered.dropped)
+
+    monkeypatch.setattr(pipeline, "render", counted)
+    turns = [[user("w " * 50), assistant("a " * 50)][i % 2] for i in range(60)]
+    path = write_rows(tmp_path / "a.jsonl", turns)
+    report = run(tmp_path / "store", path, history_reasoning="expand")
+    assert report.samples.kept == 30
+    whole = sum(len(turn["content"]) for turn in turns)
+    assert most <= 2 * 3000 + 2 * whole < 30 * whole / 4
+    assert [len(sample.loss) for sample in samples_of(tmp_path / "store")] == sorted(
+        len(sample.loss) for sample in samples_of(tmp_path / "store")
+    )
 
 
 LONG = [user("q"), assistant("word " * 50)]

@@ -12,13 +12,14 @@ import zstd_file
 from chat_cases import TOOL_LOOP, assistant, tool_call, user
 from prepare_cases import GOOD, run, samples_of, write_rows
 
-from megatron_dsv3.data import prepare, report_files
+from megatron_dsv3.data import parquet_rows, prepare, report_files
 
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
     """Without what takes most of the time and is tested elsewhere."""
     monkeypatch.setattr(report_files, "PICTURES", {})
+    monkeypatch.setattr(parquet_rows, "_MAX_PAGE_BYTES", 1 << 19)
     monkeypatch.setattr(prepare, "tokenizer_fingerprint", lambda _: "")
 
 
@@ -195,6 +196,30 @@ FAULTS = {
         "bad conversation",
         "messages[1].content: <think> has no </think>; is the turn cut off?",
         0,
+    ),
+    "unbroken": (
+        row(user("x"), assistant("ab" * (1 << 19) + "c")) + b"\n" + row(),
+        "no text",
+        ":1 (byte 0): 1048577 characters without a break ('abab",
+        1,
+    ),
+    "NaN in arguments": (
+        row(user("x"), assistant("", tool_calls=[tool_call("f", {"a": float("nan")})])),
+        "bad conversation",
+        "messages[1].tool_calls[0].function.arguments: expected what JSON can hold",
+        0,
+    ),
+    "parquet pages": (
+        parquet({"messages": [user("q"), assistant("a" * 600_000)]}),
+        "pages too large",
+        ": reading row group 0 takes ",
+        0,
+    ),
+    "array bad byte": (
+        b"[" + row() + b', {"messages": "\xff"}]',
+        "not UTF-8",
+        f": byte {len(row()) + 17}: expected UTF-8, got 0xff (invalid start byte); at row 2",
+        1,
     ),
     "surrogate": (
         b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',

@@ -134,3 +134,25 @@ def test_a_complete_store_is_replaced_only_on_demand(tmp_path):
         run(tmp_path / "store", path)
     run(tmp_path / "store", path, replace=True)
     assert len(samples_of(tmp_path / "store")) == 1
+
+
+def test_a_run_imports_no_torch(tmp_path):
+    """It would take 500 MB of the process that reads and writes."""
+    chats = write_rows(tmp_path / "a.jsonl", GOOD)
+    script = (
+        "import sys; from megatron_dsv3.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
+    )
+    options = ("--model", HF_DIR, "--out", tmp_path / "store", "--workers", "1")
+    command = (sys.executable, "-c", script, "prepare", chats, *options)
+    subprocess.run(list(map(str, command)), check=True, timeout=SECONDS, capture_output=True)
+
+
+def test_fewer_blocks_are_on_their_way_the_longer_their_rows_are():
+    from megatron_dsv3.data import workers
+
+    for num_bytes, most in ((1 << 19, 6), (3 << 20, 3), (15 << 20, 2)):
+        sent = 0
+        while not workers._are_enough(sent, sent * num_bytes, 2):
+            sent += 1
+        assert sent == most

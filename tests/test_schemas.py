@@ -57,6 +57,9 @@ def test_empty_columns_of_a_table_decide_nothing():
         read_chat({"messages": None, "conversations": None})
 
 
+CALL_WITH_A_KEY_TWICE = '{"name": "f", "arguments": {"a": 1, "a": 2}}'
+
+
 @pytest.mark.parametrize(
     ("row", "reason", "problem"),
     [
@@ -120,6 +123,16 @@ def test_empty_columns_of_a_table_decide_nothing():
             share_gpt({"from": "function_call", "value": '{"name": "f"}'}),
             "bad conversation",
             r"conversations\[0\]\.value: expected JSON with name and arguments .*, got '\{\"name",
+        ),
+        (
+            share_gpt(QUESTION, {"from": "function_call", "value": "[]"}),
+            "bad conversation",
+            r"conversations\[1\]\.value: expected JSON with name and arguments .*, got '\[\]'",
+        ),
+        (
+            share_gpt({"from": "function_call", "value": CALL_WITH_A_KEY_TWICE}),
+            "bad conversation",
+            r"conversations\[0\]\.value: .* \(the key 'a' stands twice in one object\)",
         ),
         (
             share_gpt({"from": "function_call", "value": None}),

@@ -183,9 +183,17 @@ def _parse_tool_call(call: object, where: str) -> ToolCall:
         raise ValueError(f"{where}: expected an object with 'function', got the keys {keys}")
     arguments = function.get("arguments")
     if isinstance(arguments, Mapping):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+        arguments = _as_json(arguments, f"{where}.function.arguments")
     return ToolCall(
         type=_parse_text(call.get("type", "function"), f"{where}.type"),
         name=_parse_text(function.get("name"), f"{where}.function.name"),
         arguments=_parse_text(arguments, f"{where}.function.arguments"),
     )
+
+
+def _as_json(value: Mapping[str, Any], where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        # Python reads NaN, and nesting somewhat deeper than it writes.
+        raise ValueError(f"{where}: expected what JSON can hold, got {error}") from None

@@ -25,7 +25,7 @@ _BATCH_ROWS = 4
 """Rows decoded at once: each may be as long as the longest value in the file."""
 _TABLE_BYTES = 1 << 20
 """Of rows that go to a worker together, if they are more than one."""
-_MAX_PAGE_BYTES = 192 << 20
+_MAX_PAGE_BYTES = 128 << 20
 """Of the largest pages of all columns, packed and unpacked: what a reader holds at once."""
 
 
@@ -111,13 +111,24 @@ def _largest_page(path: Path, file: BinaryIO, chunk: Any) -> int:
 def _read(path: Path, file: Any, columns: list[str]) -> Iterator[Table | Fault]:
     size = max(1, path.stat().st_size)
     number, total = 1, 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns, use_threads=False):
+    batches = file.iter_batches(
+        batch_size=_batch_rows(file.metadata), columns=columns, use_threads=False
+    )
+    # Not `for`, which would keep a batch while the next is read.
+    while (batch := next(batches, None)) is not None:
         total += batch.nbytes
         _check_size(path, total, size)
         step = len(batch) if batch.nbytes <= _TABLE_BYTES else 1
         for start in range(0, len(batch), step):
             yield _item(path, number, batch.slice(start, step), file.metadata.num_rows)
             number += step
+        del batch
+
+
+def _batch_rows(metadata: Any) -> int:
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    row_bytes = max((g.total_byte_size // max(1, g.num_rows) for g in groups), default=0)
+    return max(1, min(_BATCH_ROWS, _TABLE_BYTES // max(1, row_bytes)))
 
 
 def _item(path: Path, number: int, rows: Any, num_rows: int) -> Table | Fault:

@@ -128,7 +128,9 @@ def _decode_line(line: Line) -> Row | Fault:
     try:
         # Without its line break, so that the place of an error lies in this line.
         text = line.content.decode().rstrip("\r\n")
-        return Row(line.path, line.number, json.loads(text, object_pairs_hook=_object), line.byte)
+        return Row(
+            line.path, line.number, json.loads(text, object_pairs_hook=unique_keys), line.byte
+        )
     except UnicodeDecodeError as error:
         return Fault("not UTF-8", f"{where}: {not_utf8(line.byte + error.start, error)}")
     except json.JSONDecodeError as error:
@@ -142,8 +144,8 @@ def _decode_line(line: Line) -> Row | Fault:
         return Fault("not JSON", f"{where} (byte {line.byte}): {unreadable(error)}")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Without it the last of several values of a key would be taken, and the others lost."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; without it the last of a key's values would be taken, the others lost."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]

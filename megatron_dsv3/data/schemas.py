@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_dsv3.data.messages import Conversation, Message, parse_conversation
-from megatron_dsv3.data.rows import RowError, kind_of, names_of, shown
+from megatron_dsv3.data.rows import RowError, kind_of, names_of, shown, unique_keys
 
 SCHEMAS = ("messages", "conversations")
 ROW_KEYS = (*SCHEMAS, "system", "tools")
@@ -112,11 +112,11 @@ def _as_calls(value: object, where: str) -> list[object]:
     if not isinstance(value, str):
         raise ValueError(f"{problem}, got {kind_of(value)}")
     try:
-        read = json.loads(value)
+        read = json.loads(value, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{problem}, got {shown(value)} ({error})") from None
     calls = read if isinstance(read, list) else [read]
-    for call in calls:
+    for call in calls or [None]:
         if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
             raise ValueError(f"{problem}, got {shown(value)}")
     return [{"function": {key: call[key] for key in ("name", "arguments")}} for call in calls]

@@ -7,6 +7,7 @@ anything not to be learned doesn't count.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ Mask = npt.NDArray[np.bool_]
 
 _CHARACTERS_PER_CALL = 1 << 20
 _LONGEST_PART = 1 << 18
+# Of DeepSeek's tokenizers, and of those that transformers saves.
+_DESCRIBED_IN_FULL = ("LlamaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _LONGEST_WORD = 1 << 20
 """Characters that cannot be parted; the tokenizer takes up to 200 bytes for each at once."""
 # Where a long text may be cut, if the tokenizer agrees; how many are tried in a stretch of it; how
@@ -329,16 +332,13 @@ def load_tokenizer(hf_dir: Path, *, trust_remote_code: bool = False) -> PreTrain
         hf_dir: Where its files are.
         trust_remote_code: Whether Python code among them may be run.
     """
-    # transformers takes seconds to import, and most of what imports this file only needs records.
-    from transformers import AutoTokenizer
-
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (hf_dir / name).is_file():
             raise FileNotFoundError(
                 f"{hf_dir / name}: not found; expected the tokenizer files of a Hugging Face model"
             )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _tokenizer_class(hf_dir).from_pretrained(
             hf_dir, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # whatever transformers and tokenizers raise on a broken file
@@ -353,3 +353,21 @@ def load_tokenizer(hf_dir: Path, *, trust_remote_code: bool = False) -> PreTrain
         if getattr(tokenizer, name) is None:
             raise ValueError(f"{hf_dir / 'tokenizer_config.json'}: {name} is missing")
     return tokenizer
+
+
+def _tokenizer_class(hf_dir: Path) -> Any:
+    """`AutoTokenizer`, or the class that it would choose: itself, it imports torch, 500 MB."""
+    config = json.loads((hf_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    if "auto_map" not in config and name in _DESCRIBED_IN_FULL and _is_byte_level(hf_dir):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _is_byte_level(hf_dir: Path) -> bool:
+    """What is called Llama's otherwise is one that `AutoTokenizer` builds itself."""
+    return b'"ByteLevel"' in (hf_dir / "tokenizer.json").read_bytes()

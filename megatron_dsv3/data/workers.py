@@ -23,8 +23,8 @@ _BLOCK_BYTES = 1 << 19
 _BLOCK_ITEMS = 512
 _BLOCKS_PER_WORKER = 3
 """On their way: one being worked on, one waiting, one on its way back."""
-_BYTES_ON_THEIR_WAY = 1 << 25
-"""With longer rows only one for each worker: a block lies here twice until it is sent."""
+_BYTES_PER_WORKER = 1 << 22
+"""On their way; with longer rows only one block for each worker, as it lies here twice."""
 
 _pipeline: Pipeline | None = None
 """Of a worker process: sent once, as it holds a vocabulary of 100 MB."""
@@ -84,8 +84,8 @@ def run(pipeline: Pipeline, items: Iterable[Item], *, num_workers: int) -> Itera
 
 def _are_enough(num_blocks: int, num_bytes: int, num_workers: int) -> bool:
     """Blocks on their way, so that the next has to wait."""
-    most = num_workers * _BLOCKS_PER_WORKER if num_bytes < _BYTES_ON_THEIR_WAY else num_workers
-    return num_blocks >= most
+    long = num_bytes >= num_workers * _BYTES_PER_WORKER
+    return num_blocks >= num_workers * (1 if long else _BLOCKS_PER_WORKER)
 
 
 def _size(block: Iterable[Item]) -> int:
