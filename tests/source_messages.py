@@ -15,6 +15,8 @@ ADVICE = re.compile(
     "lower|name|pip install|prepare|put|raise|remove|save|see|set|start|take|try|use|write)\\b"
 )
 """A way out, as messages word it that are collected before they are raised or printed."""
+SHELL = re.compile(r'(?:\bdie "(?:error: )?([^"]+)"|\b(?:echo|say) "(?:error: )?([^"]+)" >&2)')
+VARIABLE = re.compile(r"\$\{[^}]*\}|\$[\w*@#]+")
 HELP = {"Option", "Argument"}
 """Whose strings describe the command line."""
 
@@ -80,6 +82,16 @@ def found(root: Path) -> dict[str, str]:
                 value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
                 texts[template(value)] = path.relative_to(root).as_posix()
     return texts
+
+
+def said_by_scripts(root: Path) -> dict[str, str]:
+    """What the shell scripts below `root` end with or warn of, each with its file."""
+    return {
+        text: path.relative_to(root).as_posix()
+        for path in sorted(root.rglob("*.sh"))
+        for groups in SHELL.findall(path.read_text(encoding="utf-8"))
+        if sum(map(str.isalpha, text := VARIABLE.sub(FILLED, "".join(groups)))) >= FEWEST_LETTERS
+    }
 
 
 def calls(root: Path) -> Iterator[tuple[str, ast.Call]]:

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from source_messages import FILLED, advised, found, raised, texts
+from source_messages import FILLED, advised, found, raised, said_by_scripts, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_dsv3"
@@ -14,6 +14,7 @@ CHINESE = ROOT / "docs" / "zh" / "troubleshooting.md"
 MESSAGES = re.compile("^## (?:Messages|\u6d88\u606f)$", re.MULTILINE)
 OUR_MISTAKE = re.compile("^### .*(?:our mistake|\u6211\u4eec\u7684\u9519)$", re.MULTILINE)
 ROW = re.compile(r"^\| (`+) ?(.+?) ?\1 \|(?: (.+) \|)?$", re.MULTILINE)
+SCRIPTS = said_by_scripts(ROOT / "examples")
 in_package = cache(lambda find: find(PACKAGE))
 pages = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["english", "chinese"])
 
@@ -28,7 +29,7 @@ def listed(text: str) -> dict[str, str]:
 def test_every_message_is_listed_with_its_cause(page):
     text = page.read_text(encoding="utf-8")
     rows = listed(text)
-    messages = in_package(raised) | in_package(advised) | in_package(found)
+    messages = in_package(raised) | in_package(advised) | in_package(found) | SCRIPTS
     missing = {text: file for text, file in messages.items() if text.rstrip() not in rows}
     assert not missing, f"not in {page.relative_to(ROOT)}:\n" + "\n".join(
         f"  {file}: {text}" for text, file in missing.items()
@@ -40,7 +41,9 @@ def test_every_message_is_listed_with_its_cause(page):
 
 @pages
 def test_no_message_is_listed_that_is_gone(page):
-    known = {text.rstrip() for text in in_package(texts) | in_package(raised).keys()}
+    known = {
+        text.rstrip() for text in in_package(texts) | in_package(raised).keys() | SCRIPTS.keys()
+    }
     gone = [text for text in listed(page.read_text(encoding="utf-8")) if text not in known]
     assert not gone, "no longer in the source:\n  " + "\n  ".join(gone)
 
@@ -68,5 +71,7 @@ def test_a_new_message_and_a_changed_one_are_found(tmp_path):
     (tmp_path / "serve").mkdir()
     (tmp_path / "serve" / "a_check.py").write_text('what = listed("doors differ", doors)\n')
     assert [*found(tmp_path)] == ["doors differ"]
+    (tmp_path / "a.sh").write_text('die "--${name//-/_}: no door; try $other"\necho "shut" >&2\n')
+    assert [*said_by_scripts(tmp_path)] == [f"--{FILLED}: no door; try {FILLED}"]
     assert listed(f"## Messages\n| `{second}` | It is gone. |") == {second: "It is gone."}
     assert listed("## Messages\n| `` a `b` \\| c `` | d |") == {"a `b` | c": "d"}
