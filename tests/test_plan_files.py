@@ -145,7 +145,10 @@ def test_the_script_hands_the_job_to_the_launcher(searched, tmp_path):
     submission, _, steps = done.stdout.partition("# in the job")
     for word in ("--nodes=1 ", "--gpus-per-node=2 ", "--time=1:00:00 ", "--requeue "):
         assert word in submission
-    assert f"--job={directory / JOB}" in submission
+    # The launcher trains a copy, which nobody edits while the job waits.
+    copy = directory / "runs" / "out" / JOB
+    assert f"cp {directory / JOB} {copy}" in submission
+    assert f"--job={copy}" in submission
     assert "preflight" in steps
     for setting in (f"output.dir={tmp_path / 'out'}", "optimizer.lr=1e-6"):
         assert setting in steps

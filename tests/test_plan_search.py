@@ -3,6 +3,7 @@
 import itertools
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -24,9 +25,11 @@ from megatron_dsv3.plan.layouts import (
     allowed_states,
     layouts,
 )
+from megatron_dsv3.plan.memory import count_memory
 from megatron_dsv3.plan.records import GIB, Plan, Workload, allocated
-from megatron_dsv3.plan.search import fewest_nodes, fits, search
+from megatron_dsv3.plan.search import COUNT_ERROR_GIB, fewest_nodes, fits, search
 from megatron_dsv3.plan.speed import Speed
+from megatron_dsv3.train.optimizer import build_optimizer
 
 H100 = cluster_of("h100-80gb")
 FP32_ON_GPU = ("fp32 moments",)
@@ -81,6 +84,24 @@ def test_no_layout_that_fits_is_faster_than_the_first(result):
                 looked_at += 1
                 assert plan.step.tokens_per_second_per_gpu <= best * 1.0001
     assert looked_at > 10
+
+
+@pytest.mark.parametrize(
+    ("recompute", "states", "precision"),
+    [
+        ("inputs offloaded", "offloaded", "bf16"),
+        ("full", "bf16 moments, fp8 weights", "fp8"),
+    ],
+)
+def test_what_is_recommended_fits_where_whole_stages_are_counted(recompute, states, precision):
+    request = request_for(32, recompute=(recompute,), states=(states,), precisions=(precision,))
+    counts = partial(count_memory, build_optimizer=build_optimizer)
+    best = search(request, load_kernels(H100.card), top=1, exact=counts).found[0]
+    assert best.counted
+    assert best.plan.stages == counts(best.plan.workload)
+    assert best.plan.spare_gib >= request.spare_gib - COUNT_ERROR_GIB
+    closed = max(stage.total for stage in estimate(best.plan.workload))
+    assert best.plan.fullest.total == pytest.approx(closed, rel=0.005)
 
 
 def test_the_faster_layout_that_does_not_fit_is_named():

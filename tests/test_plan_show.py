@@ -5,8 +5,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from megatron_dsv3.commands import plan_job, plan_show
@@ -16,6 +18,7 @@ from megatron_dsv3.config.job import Job
 from megatron_dsv3.model.groups import stop
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.kernels import load_kernels
+from megatron_dsv3.plan.records import GIB
 from megatron_dsv3.plan.speed import Speed
 
 
@@ -136,6 +139,37 @@ def test_a_stage_shows_its_fullest_rank_beside_the_plan():
         "stage 0: 41.5 GiB at most, 41.0 planned",
         "stage 1: 38.0 GiB at most",
     ]
+
+
+def test_a_training_plans_itself_and_tells_what_it_took(monkeypatch, six_layers):
+    """On a card that is not there; the plan is made by a process of its own, as in a training."""
+    groups = SimpleNamespace(rank=0, world_size=8, pp_rank=0, device=torch.device("cuda"))
+    h100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79.1 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 41 * GIB)
+    asked = job(model={"hf_dir": six_layers}, parallel={"pp_size": 2, "ep_size": 4})
+    said: list[str] = []
+    begun = plan_job.begin(asked, groups)
+    assert begun is not None
+    planned = plan_job.finish(begun, said.append)
+    assert set(planned) == {0, 1}
+    assert "8 x h100-80gb, PP2 EP4" in said[0]
+    assert "tokens/s/GPU" in said[0]
+    others = [(0, 40.0)] * 4 + [(1, 30.0)] * 3
+
+    def gather(everyone, mine):
+        everyone[:] = [mine, *others]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    plan_job.tell_peaks(planned, groups, said.append)
+    assert said[1:] == [
+        f"stage 0: 41.0 GiB at most, {planned[0]:.1f} planned; "
+        f"stage 1: 30.0 GiB at most, {planned[1]:.1f} planned"
+    ]
+    on_cpu = SimpleNamespace(rank=0, device=torch.device("cpu"))
+    assert plan_job.begin(asked, on_cpu) is None
+    plan_job.tell_peaks({}, on_cpu, said.append)
+    assert len(said) == 2
 
 
 def planning(code: str) -> plan_job.Planning:
