@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import PipelineOffloadManager
 
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import MemorySection, OptimizerSection, PrecisionSection
 from megatron_dsv3.model.groups import Groups, device_of, start, stop
+from megatron_dsv3.plan.layouts import RECOMPUTE
 from megatron_dsv3.train import bench
 
 BF16_MOMENTS = OptimizerSection(moments="bf16")
@@ -28,6 +30,13 @@ FP8 = PrecisionSection(fp8="blockwise")
 FP8_PARAMETERS = PrecisionSection(fp8="blockwise", fp8_params=True)
 FULL = MemorySection(recompute="full")
 SELECTIVE = MemorySection(recompute="selective")
+INPUTS_OFFLOADED = RECOMPUTE["inputs offloaded"]
+"""The set that `plan search` tries."""
+ALL_OFFLOADED = MemorySection(
+    offload_activations=(
+        "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act",
+    )
+)  # fmt: skip
 
 
 def _again(*modules: str) -> MemorySection:
@@ -122,6 +131,19 @@ JOBS = [
         name="bf16, 2 layers, 129,280 words, bf16 moments, 4k",
         slice={**ONE_OF_EACH, "vocab_size": 129280}, optimizer=BF16_MOMENTS,
     ),
+    Job(
+        name="bf16, 4 layers, inputs offloaded, bf16 moments, 8k",
+        slice=FOUR, memory=INPUTS_OFFLOADED, optimizer=BF16_MOMENTS, document_length=8192,
+    ),
+    Job(
+        name="fp8 parameters, 4 layers, inputs offloaded, bf16 moments, 8k",
+        slice=FOUR, memory=INPUTS_OFFLOADED, precision=FP8_PARAMETERS, optimizer=BF16_MOMENTS,
+        document_length=8192,
+    ),
+    Job(
+        name="bf16, 4 layers, all offloaded, bf16 moments, 8k",
+        slice=FOUR, memory=ALL_OFFLOADED, optimizer=BF16_MOMENTS, document_length=8192,
+    ),
 ]  # fmt: skip
 
 
@@ -172,6 +194,8 @@ def _forget() -> None:
     from transformer_engine.pytorch.module import base
 
     base._dummy_wgrads.clear()
+    # It remembers the layers of the last model, and what of them it offloads.
+    PipelineOffloadManager.OFFLOAD_MGR = None
     bench.release()
 
 
