@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,7 +80,13 @@ def test_every_number_has_an_origin(six_layers):
     plan = plan_show.show(asked, shown, origins=True)
     lines = shown.export_text().splitlines()
     named = {name for line in lines if ": " in line for name in line.split(": ")[0].split(", ")}
-    columns = {*plan_show.STATES.values(), *plan_show.ACTIVATIONS.values(), "in flight", "buffers"}
+    columns = {
+        *plan_show.STATES.values(),
+        *plan_show.ACTIVATIONS.values(),
+        "in flight",
+        "buffers",
+        "unusable",
+    }
     times = {"compute", "tp", "ep", "cp", "dp", "bubble", "optimizer", "mfu", "days", "disk"}
     assert named >= columns | times
     assert named >= {"checkpoint", "h100-80gb", "network"}
@@ -90,6 +97,24 @@ def test_every_number_has_an_origin(six_layers):
         for row in unit.rows:
             assert row.seconds.origin, row.name
             assert any(row.name in line for line in lines) or not row.seconds.forward
+
+
+def test_a_node_without_room_for_what_is_offloaded_is_told(six_layers):
+    asked = question(
+        six_layers, world_size=8, parallel={"tp_size": 8, "ep_size": 8},
+        optimizer={"offload_fraction": 1.0},
+    )  # fmt: skip
+    small = replace(asked, cluster=replace(asked.cluster, host_memory_gib=100.0))
+    texts = []
+    for one in (asked, small):
+        shown = console()
+        plan = plan_show.show(one, shown)
+        texts.append(shown.export_text())
+    assert "lacks" not in texts[0]
+    # 16 bytes a parameter wait in host memory, of which nine tenths are given.
+    lacks = plan.host_gib - 90
+    assert f"a node lacks {lacks:,.0f} GiB of host memory" in texts[1]
+    assert plan.host_gib > 100
 
 
 def test_two_jobs_are_compared_with_the_settings_that_differ(six_layers):

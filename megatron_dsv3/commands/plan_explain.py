@@ -56,7 +56,8 @@ def memory_origins(plan: Plan, *, counted: bool) -> Mapping[str, str]:
         "or update": "what Transformer Engine and Megatron-Core make for a moment, measured on an "
         "H100",
         "buffers": f"assumed: {CONTEXT / GIB:.1f} GiB for CUDA, {COMMUNICATOR / GIB:.2f} for each "
-        f"communicator, {UNUSABLE:.0%} that the allocator cannot use",
+        "communicator",
+        "unusable": f"assumed: {UNUSABLE:.0%} that the allocator's blocks leave unused",
         "on the host": "states as above; activations twice: pinned memory comes in powers of two",
         "checkpoint, disk": "14 bytes a parameter; two kept, one being written, and the model",
         "days": "steps of the samples' tokens, times the projected step",

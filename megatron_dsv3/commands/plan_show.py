@@ -15,7 +15,7 @@ from megatron_dsv3.commands.plan_explain import explain
 from megatron_dsv3.commands.plan_search import layout_text, tell
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.config.job import Job
-from megatron_dsv3.plan.costs import costs
+from megatron_dsv3.plan.costs import HOST_SHARE, costs
 from megatron_dsv3.plan.kernels import load_kernels
 from megatron_dsv3.plan.memory import count_memory
 from megatron_dsv3.plan.records import GIB, Cluster, Plan, StageMemory, StepTime, Workload
@@ -160,12 +160,15 @@ def _architecture(question: Question) -> Architecture:
 def memory_tables(plan: Plan) -> list[Table]:
     """GiB of the fullest rank of every stage, by what they are for."""
     states, activations = Table("stage", title="States, GiB a GPU"), Table("stage")
-    activations.title = f"Activations and all, GiB a GPU, of {plan.cluster.card.memory_gib:.1f}"
+    activations.title = (
+        f"Activations and all, GiB a GPU, of {plan.cluster.card.memory_gib:.1f}; the busiest "
+        f"experts have {plan.workload.imbalance:g} times the mean"
+    )
     parts = [asdict(stage.states) | asdict(stage.activations) for stage in plan.stages]
     kept = _columns(states, STATES, parts)
     states.add_column("chunks", overflow="fold")
     moving = _columns(activations, ACTIVATIONS, parts)
-    for name in ("in flight", "buffers", "total", "left"):
+    for name in ("in flight", "buffers", "unusable", "total", "left"):
         activations.add_column(name, justify="right")
     for stage, part in zip(plan.stages, parts, strict=True):
         rank = str(stage.pp_rank)
@@ -187,10 +190,11 @@ def _columns(
 
 
 def _totals(stage: StageMemory, memory_gib: float) -> list[str]:
-    other, left = stage.buffers + stage.fragmentation, memory_gib - stage.total / GIB
+    left = memory_gib - stage.total / GIB
     spare = f"{left:.1f}" if left >= 0 else f"[red]{left:.1f}[/]"
     in_flight = f"{stage.activations.in_flight:.3g}"
-    return [in_flight, f"{other / GIB:.1f}", f"{stage.total / GIB:.1f}", spare]
+    other = (f"{size / GIB:.1f}" for size in (stage.buffers, stage.fragmentation))
+    return [in_flight, *other, f"{stage.total / GIB:.1f}", spare]
 
 
 def _short(letters: str) -> str:
@@ -235,6 +239,12 @@ def _notes(question: Question, plan: Plan) -> list[str]:
             f"does not fit: stage {fullest.pp_rank} lacks {-plan.spare_gib:.1f} GiB; try a wider "
             "memory.recompute, optimizer.moments=bf16, optimizer.offload_fraction, or `megatron-"
             "dsv3 plan search`"
+        )
+    lacks = plan.host_gib - HOST_SHARE * cluster.host_memory_gib
+    if lacks > 0:
+        lines.append(
+            f"does not fit: a node lacks {lacks:,.0f} GiB of host memory for offloaded states and "
+            "activations; lower optimizer.offload_fraction, or `megatron-dsv3 plan search`"
         )
     if not cluster.card.measured:
         lines.append(f"nothing was measured on {cluster.card.name}: times are projected")
