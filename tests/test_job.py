@@ -207,6 +207,11 @@ PAIRS = {
         "precision.fp8=blockwise",
         "precision.fp8_params=true",
     ): "train.verify_first cannot tell a mistake from what precision.fp8_params has rounded",
+    (
+        "optimizer.offload_fraction=0.5",
+        "precision.fp8=blockwise",
+        "precision.fp8_params=true",
+    ): "precision.fp8_params and optimizer.offload_fraction exclude each other",
     ("memory.offload_activations=[attn_proj]",): "attn_proj needs core_attn",
     (
         "memory.offload_activations=[moe_act]",

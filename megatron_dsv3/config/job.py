@@ -73,6 +73,11 @@ class Job(Section):
                 "train.verify_first cannot tell a mistake from what precision.fp8_params has "
                 "rounded; set one of them to false, or ask `megatron-dsv3 verify` before the run"
             )
+        if self.optimizer.offload_fraction > 0 and self.precision.fp8_params:
+            problems.append(
+                "precision.fp8_params and optimizer.offload_fraction exclude each other: Megatron-"
+                "Core cannot offload the masters of FP8 weights; set one of them to false or 0"
+            )
         parallel, multiple = self.parallel, self.row_multiple
         if self.data.seq_length % multiple:
             rounded = math.ceil(self.data.seq_length / multiple) * multiple
