@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
 from torch import nn
 
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
@@ -272,6 +273,33 @@ def test_the_table_of_units_is_what_is_counted_now(name):
     cut = units.cut_of(workload)
     assert units._entry(name, cut) in units._counted_before()
     assert units.unit_of(name, DEEPSEEK_V3, cut) == units.count_unit(name, DEEPSEEK_V3, cut)
+
+
+@pytest.mark.parametrize("precision", [PrecisionSection(), FP8], ids=["bf16", "fp8"])
+def test_offloaded_inputs_leave_the_card_until_backward(precision):
+    def counted(memory):
+        work = Workload(
+            arch=slice_of_v3(num_layers=4, num_dense_layers=1), parallel=Parallel(), world_size=1,
+            seq_length=4096, memory=memory, precision=precision,
+        )  # fmt: skip
+        with built(work, 0) as rank:
+            (chunk,) = count(rank, work)
+        return chunk
+
+    offloaded = RECOMPUTE["inputs offloaded"]
+    stays = counted(offloaded.model_copy(update={"offload_activations": ()}))
+    goes = counted(offloaded)
+    # Three layers with 8 experts a token: what is offloaded is in bf16 even where products are not.
+    inputs = 4096 * 8 * 7168 * 2
+    assert (stays.host, goes.host) == (0, 3 * inputs)
+    kept = 1.0 if precision.fp8 == "off" else 1.03125 / 2
+    held = sum(stays.held.values()) - sum(goes.held.values())
+    assert held == pytest.approx(3 * inputs * kept, rel=0.001)
+    # The last layer's is there when its backward begins, which in bf16 is when most is.
+    peak = sum(stays.peak.values()) - sum(goes.peak.values())
+    assert peak == pytest.approx((2 if precision.fp8 == "off" else 3 * kept) * inputs, rel=0.01)
+    assert goes.left == stays.left
+    assert offload.PipelineOffloadManager.OFFLOAD_MGR is None
 
 
 def test_the_meter_sees_what_lives_and_when():
