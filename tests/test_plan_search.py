@@ -108,7 +108,12 @@ def test_the_faster_layout_that_does_not_fit_is_named():
     request = request_for(
         16, seq_length=4096, recompute=("selective", "full"), states=("bf16 moments",)
     )
-    found = search(request, load_kernels(H100.card), top=2)
+    told: list[tuple[int, int]] = []
+    found = search(
+        request, load_kernels(H100.card), top=2, on_progress=lambda *step: told.append(step)
+    )
+    # As a progress bar has it.
+    assert told == [(done, found.num_layouts) for done in range(found.num_layouts + 1)]
     assert found.missed is not None
     assert 0 < found.missed.lacks_gib < H100.card.memory_gib / 2
     assert found.missed.faster > 0
