@@ -18,7 +18,7 @@ from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.estimate import estimate
 from megatron_dsv3.plan.job_files import JOB, PLACEMENT, SCRIPT, Inputs, write_files
 from megatron_dsv3.plan.kernels import load_kernels
-from megatron_dsv3.plan.layouts import Request, layouts
+from megatron_dsv3.plan.layouts import RECOMPUTE, Request, layouts
 from megatron_dsv3.plan.pictures import draw_memory, draw_timeline, parts
 from megatron_dsv3.plan.records import GIB, Plan, Workload
 from megatron_dsv3.plan.speed import Speed
@@ -114,6 +114,7 @@ def test_a_dry_run_accepts_what_is_written_of_any_setting(
     request = Request(
         arch=Architecture.from_hf(model), cluster=cluster, nodes=nodes, seq_length=64,
         global_batch_size=16, precisions=("fp8",), states=(states,),
+        recompute=tuple(RECOMPUTE),
     )  # fmt: skip
     layout = next(layout for layout in layouts(request) if wanted(layout.workload))
     work = layout.with_states(states)

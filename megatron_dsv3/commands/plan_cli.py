@@ -52,8 +52,9 @@ def search(
     ] = "any",
     offload: Annotated[bool, typer.Option(help="Allow optimizer states in host memory.")] = True,
     offload_activations: Annotated[
-        bool, typer.Option(help="Allow the experts' inputs in host memory.")
-    ] = True,
+        bool,
+        typer.Option("--offload-activations", help="Allow the experts' inputs in host memory."),
+    ] = False,
     bf16_gradients: Annotated[
         bool, typer.Option("--bf16-gradients", help="Allow sums of gradients in bf16.")
     ] = False,

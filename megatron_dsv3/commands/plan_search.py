@@ -207,8 +207,7 @@ def _show(result: Result, options: Options, console: Console) -> None:
     if plan.workload.memory.offload_activations:
         tell(
             console,
-            "activations in host memory: projected, nothing was measured; "
-            "--no-offload-activations leaves them out",
+            "activations in host memory: projected, no speed was measured",
         )
     if not cluster.card.measured:
         tell(console, f"nothing was measured on {cluster.card.name}: speeds are projected")

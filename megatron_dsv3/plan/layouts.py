@@ -78,6 +78,10 @@ STATES: Mapping[str, Rung] = {
 }
 """What becomes of masters, moments, gradients and weights, from what changes least to what frees
 most."""
+USUAL_RECOMPUTE = tuple(
+    name for name, section in RECOMPUTE.items() if not section.offload_activations
+)
+"""Without activations in host memory, of which no speed was measured: where a user allows it."""
 USUAL_STATES = tuple(name for name in STATES if "gradients" not in name)
 """Without bf16 gradients, which lose what is small beside the sum: only where a user allows it."""
 TOKENS_PER_STEP = 2**22
@@ -92,11 +96,7 @@ MICRO_BATCHES = (1, 2, 4)
 
 def allowed_recompute(*, offload_activations: bool) -> tuple[str, ...]:
     """Sets of `RECOMPUTE` that a user lets the search take."""
-    return tuple(
-        name
-        for name, section in RECOMPUTE.items()
-        if offload_activations or not section.offload_activations
-    )
+    return tuple(RECOMPUTE) if offload_activations else USUAL_RECOMPUTE
 
 
 def allowed_states(*, moments: str, offload: bool, bf16_gradients: bool) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ class Request:
     precisions: tuple[Precision, ...] = ("bf16",)
     states: tuple[str, ...] = USUAL_STATES
     """Rungs of `STATES` that are allowed."""
-    recompute: tuple[str, ...] = tuple(RECOMPUTE)
+    recompute: tuple[str, ...] = USUAL_RECOMPUTE
     """Sets of `RECOMPUTE` that are allowed."""
     imbalance: float = 1.2
     spare_gib: float = 3.0
