@@ -73,6 +73,11 @@ def _columns(path: Path, names: Sequence[str]) -> list[str]:
         raise RowError(
             "unknown schema", f"{path}: expected a column {expected}, got {names_of(names)}"
         )
+    if len(set(columns)) < len(columns):
+        raise RowError(
+            "unknown schema",
+            f"{path}: a column stands twice; expected each once, got {names_of(columns)}",
+        )
     return columns
 
 

@@ -68,10 +68,8 @@ def _matches(path: Path) -> Inputs:
         return Inputs((path,), ())
     if not glob.has_magic(str(path)):
         raise FileNotFoundError(f"{path}: no such file")
-    found = [
-        _search(p) if p.is_dir() else Inputs((p,), ())
-        for p in sorted(map(Path, glob.glob(str(path), recursive=True)))
-    ]
+    matches = _once(map(Path, glob.glob(str(path), recursive=True)))
+    found = [_search(p) if p.is_dir() else Inputs((p,), ()) for p in matches.values()]
     files = _once(p for inputs in found for p in inputs.files)
     if not files:
         raise FileNotFoundError(f"{path}: no file matches this pattern")
@@ -152,7 +150,7 @@ class Source:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
         if not path.is_file():
-            # A pipe can be read once only, but a file's first bytes and its hash are asked for, too.
+            # A pipe can be read once; its first bytes and its hash would be missed.
             kind = "a directory" if path.is_dir() else "a pipe or a device"
             raise ValueError(f"{path}: expected a file of rows, got {kind}")
         self.path = path
