@@ -170,7 +170,10 @@ def not_utf8(byte: int, error: UnicodeDecodeError) -> str:
 
 def unreadable(error: Exception) -> str:
     """Why Python's decoder gave up on JSON that may well be correct."""
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    # Of numbers with thousands of digits Python goes on to advise how to change its limit.
+    return str(error).partition(";")[0]
 
 
 def kind_of(value: Any) -> str:
