@@ -12,7 +12,7 @@ other, with the same number of threads or workers:
 
 With --memory-gigabytes it instead makes an input of that size and watches the memory of all
 processes together; with --row-megabytes of rows so long, each behind a short one. A Parquet file
-has one row group, or with long rows one a row.
+has one row group, or with long rows one for each 16 (8 of them long).
 """
 
 import argparse
@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import batched
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ import psutil
 
 # Nothing else is imported here: workers import this file, too, and would not be what users have.
 
+LONG_ROWS_PER_GROUP = 16
 KINDS = ("jsonl", "json", "jsonl.gz", "json.gz", "jsonl.zst", "json.zst", "parquet")
 MAX_ROUNDS = 8
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -137,7 +139,7 @@ def write_table(path: Path, lines: Iterator[str], *, long: bool) -> None:
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     schema = pa.schema([("messages", turns)])
     with pq.ParquetWriter(path, schema) as writer:
-        for rows in ([line] for line in lines) if long else (list(lines),):
+        for rows in batched(lines, LONG_ROWS_PER_GROUP) if long else (tuple(lines),):
             table = pa.Table.from_pylist(list(map(json.loads, rows)), schema=schema)
             writer.write_table(table, row_group_size=len(rows))
 

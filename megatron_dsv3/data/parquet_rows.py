@@ -25,7 +25,7 @@ _BATCH_ROWS = 4
 """Rows decoded at once: each may be as long as the longest value in the file."""
 _TABLE_BYTES = 1 << 20
 """Of rows that go to a worker together, if they are more than one."""
-_MAX_PAGE_BYTES = 128 << 20
+_MAX_PAGE_BYTES = 256 << 20
 """Of the largest pages of all columns, packed and unpacked: what a reader holds at once."""
 
 
