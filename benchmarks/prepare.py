@@ -1,6 +1,7 @@
 """Speed of `prepare` beside the tokenizer alone and `datasets.map`, and its memory.
 
-    python benchmarks/prepare.py [--megabytes 24] [--threads 2] [--memory-gigabytes 2]
+    python benchmarks/prepare.py [--megabytes 24] [--threads 2] [--memory-gigabytes 2
+        [--row-megabytes 15] [--kind jsonl]]
 
 All three read the same generated conversations and run in processes of their own, one after the
 other, with the same number of threads or workers:
@@ -10,10 +11,13 @@ other, with the same number of threads or workers:
     datasets.map   reading, `apply_chat_template`, and the Arrow file (needs `pip install datasets`)
 
 With --memory-gigabytes it instead makes an input of that size and watches the memory of all
-processes together.
+processes together; with --row-megabytes of rows so long, each behind a short one. A Parquet file
+has one row group, or with long rows one for each 16 (8 of them long).
 """
 
 import argparse
+import contextlib
+import gzip
 import importlib
 import importlib.resources
 import importlib.util
@@ -29,13 +33,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import batched
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 # Nothing else is imported here: workers import this file, too, and would not be what users have.
 
+LONG_ROWS_PER_GROUP = 16
+KINDS = ("jsonl", "json", "jsonl.gz", "json.gz", "jsonl.zst", "json.zst", "parquet")
 MAX_ROUNDS = 8
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -91,6 +99,49 @@ def conversations(num_bytes: int, make: Callable[[random.Random], Problem]) -> I
         line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         num_bytes -= len(line.encode())
         yield line
+
+
+def long_rows(num_bytes: int, row_bytes: int, words: Sequence[str]) -> Iterator[str]:
+    """Lines of one answer of that many bytes, each behind a line with a short one."""
+    generator = random.Random(0)
+    for _ in range(max(1, num_bytes // row_bytes)):
+        for num_words in (10, row_bytes // 8):
+            answer = " ".join(generator.choices(words, k=num_words))[: row_bytes - 100]
+            turns = [("user", "question"), ("assistant", answer)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            yield json.dumps({"messages": messages}) + "\n"
+
+
+def write_chats(path: Path, lines: Iterator[str], *, long: bool) -> None:
+    """The rows as a file of the kind that its name says."""
+    if path.suffix == ".parquet":
+        write_table(path, lines, long=long)
+        return
+    with contextlib.ExitStack() as opened:
+        file: Any = opened.enter_context(path.open("wb"))
+        if path.suffix == ".gz":
+            file = opened.enter_context(gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1))
+        elif path.suffix == ".zst":
+            pa = importlib.import_module("pyarrow")
+            file = opened.enter_context(pa.CompressedOutputStream(file, "zstd"))
+        if "jsonl" in path.name:
+            file.writelines(line.encode() for line in lines)
+            return
+        for i, line in enumerate(lines):
+            file.write(b"[" if not i else b",")
+            file.write(line.encode())
+        file.write(b"]")
+
+
+def write_table(path: Path, lines: Iterator[str], *, long: bool) -> None:
+    """The rows as Parquet."""
+    pa, pq = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    schema = pa.schema([("messages", turns)])
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows in batched(lines, LONG_ROWS_PER_GROUP) if long else (tuple(lines),):
+            table = pa.Table.from_pylist(list(map(json.loads, rows)), schema=schema)
+            writer.write_table(table, row_group_size=len(rows))
 
 
 # ---- Contenders: each runs in a fresh process and returns tokens and seconds ---------------------
@@ -267,6 +318,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--memory-gigabytes", type=float)
+    parser.add_argument("--row-megabytes", type=float)
+    parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="of the memory's input")
     arguments = parser.parse_args()
     gigabytes, threads = arguments.memory_gigabytes, arguments.threads
     num_bytes = int(gigabytes * 1e9 if gigabytes else arguments.megabytes * 1e6)
@@ -275,9 +328,13 @@ def main() -> None:
     words = sorted({word for word in " ".join(texts).split() if word.isalpha() and len(word) > 4})
     make = partial(long_words, source=words) if gigabytes else partial(mixed, source=source)
     with tempfile.TemporaryDirectory() as folder:
-        chats = Path(folder) / "chats.jsonl"
-        with chats.open("w", encoding="utf-8") as file:
-            file.writelines(conversations(num_bytes, make))
+        chats = Path(folder) / f"chats.{arguments.kind}"
+        row_bytes = int((arguments.row_megabytes or 0) * 1e6)
+        if row_bytes:
+            lines = long_rows(num_bytes, row_bytes, words)
+        else:
+            lines = conversations(num_bytes, make)
+        write_chats(chats, lines, long=bool(row_bytes))
         print(f"{num_bytes / 1e6:,.0f} MB of conversations, {threads} threads", flush=True)
         if gigabytes:
             watch_memory(chats, threads)

@@ -57,6 +57,18 @@ def test_a_directory_that_a_pattern_matches_is_searched(tmp_path):
     assert found(find_inputs([tmp_path / "p2/**"]), tmp_path) == ["p2/sub/b.json"]
 
 
+def test_a_pattern_that_goes_round_in_links_takes_each_file_once(tmp_path):
+    make(tmp_path, "in/a.jsonl", "in/sub/b.jsonl", "in/sub/README.md")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
+    for pattern in ("in/**/*.jsonl", "in/**/*l"):
+        assert found(find_inputs([tmp_path / pattern]), tmp_path) == [
+            "in/a.jsonl",
+            "in/sub/b.jsonl",
+        ]
+    everything = find_inputs([tmp_path / "in/**"])
+    assert found(everything, tmp_path) == ["in/a.jsonl", "in/sub/README.md", "in/sub/b.jsonl"]
+
+
 def test_a_file_is_taken_whatever_its_name_even_with_signs_of_a_pattern(tmp_path):
     make(tmp_path, "a[1].txt", "a1.txt")
     paths = [tmp_path / "a[1].txt", tmp_path / "a1.txt"]

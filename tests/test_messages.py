@@ -165,6 +165,10 @@ def nested(depth):
             r"tool_calls\[0\]\.function\.arguments: expected what JSON can hold, got .*recursion",
         ),
         (
+            [{**ANSWER, "tool_calls": [call(arguments={"x": b"a table's"})]}],
+            r"tool_calls\[0\]\.function\.arguments: expected what JSON can hold, got .* bytes",
+        ),
+        (
             [{**ANSWER, "tool_calls": [call(arguments=[1])]}],
             r"tool_calls\[0\]\.function\.arguments: expected a string, got a list",
         ),

@@ -91,6 +91,32 @@ def test_a_table_without_conversations_is_named(tmp_path):
     assert (fault.reason, fault.message) == ("unknown schema", problem)
 
 
+def test_a_column_that_stands_twice_is_an_error(tmp_path):
+    """Of rows read as objects, the last would be left."""
+    column = pa.array([ROWS[0]["messages"]])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([column, column], names=["messages", "messages"]), path)
+    _, [fault] = read(path)
+    assert fault.reason == "unknown schema"
+    assert fault.message.endswith(
+        "a column stands twice; expected each once, got messages, messages"
+    )
+
+
+def test_a_string_that_is_no_text_is_a_fault_of_its_row(tmp_path):
+    """Arrow takes any bytes for a string, Python does not."""
+    texts = pa.array([b"a", b"\xff", b"b"]).view(pa.string())
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"messages": texts}), path)
+    rows, [fault] = read(path)
+    assert [(row.number, row.value) for row in rows] == [
+        (1, {"messages": "a"}),
+        (3, {"messages": "b"}),
+    ]
+    assert fault.ends_file is False
+    assert fault.message.startswith(f"{path}:2: expected text and numbers, got 'utf-8' codec can't")
+
+
 def test_a_bomb_by_its_footer_is_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(compressed, "FREE_BYTES", 1 << 16)
     rows = [{"messages": str(i) + "0" * 100_000} for i in range(20)]

@@ -102,7 +102,7 @@ def test_a_terminal_of_80_columns_shows_rows_a_second_and_the_time_left(tmp_path
         (["{file}", "--too-long", "cut"], "Invalid value for '--too-long'"),
         (["{file}", "--seq-length", "0"], "error: seq_length: expected at least 1, got 0"),
         (["{file}", "--workers", "0"], "error: num_workers: expected at least 1, got 0"),
-        (["{tmp}/none.jsonl"], "none.jsonl: no such file"),
+        (["{tmp}/none.jsonl"], "error: {tmp}/none.jsonl: no such file"),
         (["{file}", "--model", "{tmp}"], "tokenizer.json: not found; expected the tokenizer files"),
         ([], "error: no input: name chat files, or --show N to look into a store"),
         (["--show", "1"], "store: no such directory (no manifest.json); write it with"),
@@ -121,7 +121,7 @@ def test_a_mistake_ends_with_one_message_and_nothing_written(call, tmp_path, arg
         "--model", HF_DIR, "--out", tmp_path / "store", "--workers", "1", *arguments
     )
     assert code == 2
-    assert problem in " ".join(err.split()).replace("│ ", "")
+    assert problem.format(**names) in " ".join(err.split()).replace("│ ", "")
     assert "Traceback" not in err
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "bad.jsonl"}
 

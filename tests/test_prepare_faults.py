@@ -95,6 +95,12 @@ FAULTS = {
         0,
     ),
     "nested": (b'{"a": ' + b"[" * 200_000, "not JSON", ":1 (byte 0): nested too deeply", 0),
+    "long number": (
+        b"[" + row() + b', {"a": ' + b"1" * 5000 + b"}, " + row() + b"]",
+        "not JSON",
+        f":2 (byte {len(row()) + 3}): Exceeds the limit (4300 digits) for integer string",
+        2,
+    ),
     "key twice": (
         b"[" + row() + b', {"messages": [{"role": "user", "content": "a", "content": "b"}]}]',
         "not JSON",

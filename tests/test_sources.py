@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import re
 
@@ -215,3 +216,6 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path):
         next(read_rows(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=rf"{tmp_path}: expected a file of rows, got a directory"):
         next(read_rows(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/pipe: expected .* got a pipe or a device"):
+        next(read_rows(tmp_path / "pipe"))

@@ -94,7 +94,10 @@ def _system_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{error.filename or target}: {error.strerror or error}") from error
+        # Those that this project raises say all themselves.
+        of_system = error.errno is not None
+        problem = f"{error.filename or target}: {error.strerror}" if of_system else str(error)
+        raise ValueError(problem) from error
 
 
 def look(

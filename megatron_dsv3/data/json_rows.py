@@ -86,7 +86,8 @@ class _Cursor:
         self.row_number = 0
         self._fault: RowError | None = None
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._json = json.JSONDecoder()
+        # Numbers are left to whoever decodes the row: one that Python refuses ends no file.
+        self._json = json.JSONDecoder(parse_int=str, parse_float=str)
 
     def read(self, num_bytes: int) -> None:
         """Read on, and forget what lies behind; at the end of the file set `ended`.

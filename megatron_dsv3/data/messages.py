@@ -194,6 +194,6 @@ def _parse_tool_call(call: object, where: str) -> ToolCall:
 def _as_json(value: Mapping[str, Any], where: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        # Python reads NaN, and nesting somewhat deeper than it writes.
+    except (TypeError, ValueError, RecursionError) as error:
+        # Python reads NaN, and nesting somewhat deeper than it writes; tables hold bytes and times.
         raise ValueError(f"{where}: expected what JSON can hold, got {error}") from None

@@ -25,7 +25,7 @@ _BATCH_ROWS = 4
 """Rows decoded at once: each may be as long as the longest value in the file."""
 _TABLE_BYTES = 1 << 20
 """Of rows that go to a worker together, if they are more than one."""
-_MAX_PAGE_BYTES = 128 << 20
+_MAX_PAGE_BYTES = 256 << 20
 """Of the largest pages of all columns, packed and unpacked: what a reader holds at once."""
 
 
@@ -72,6 +72,11 @@ def _columns(path: Path, names: Sequence[str]) -> list[str]:
         expected = " or ".join(SCHEMAS)
         raise RowError(
             "unknown schema", f"{path}: expected a column {expected}, got {names_of(names)}"
+        )
+    if len(set(columns)) < len(columns):
+        raise RowError(
+            "unknown schema",
+            f"{path}: a column stands twice; expected each once, got {names_of(columns)}",
         )
     return columns
 

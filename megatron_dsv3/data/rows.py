@@ -104,13 +104,21 @@ def decode(item: Item) -> Iterator[Row | Fault]:
         yield _decode_line(item)
 
 
-def _table_rows(table: Table) -> Iterator[Row]:
+def _table_rows(table: Table) -> Iterator[Row | Fault]:
     # Arrow takes 25 MB in each worker, and most inputs are JSON.
     import pyarrow as pa
 
     with pa.ipc.open_stream(table.content) as stream:
-        values = stream.read_all().to_pylist()
-    for number, row in enumerate(values, start=table.number):
+        rows = stream.read_all()
+    for i in range(len(rows)):
+        number = table.number + i
+        try:
+            [row] = rows.slice(i, 1).to_pylist()
+        except (ValueError, OverflowError) as error:
+            # Arrow holds what Python cannot: strings of any bytes, times beyond the year 9999.
+            where = f"{table.path}:{number}"
+            yield Fault("not readable", f"{where}: expected text and numbers, got {error}")
+            continue
         value = {name: _without_nulls(column) for name, column in row.items()}
         yield Row(table.path, number, value)
 
@@ -162,7 +170,10 @@ def not_utf8(byte: int, error: UnicodeDecodeError) -> str:
 
 def unreadable(error: Exception) -> str:
     """Why Python's decoder gave up on JSON that may well be correct."""
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    # Of numbers with thousands of digits Python goes on to advise how to change its limit.
+    return str(error).partition(";")[0]
 
 
 def kind_of(value: Any) -> str:

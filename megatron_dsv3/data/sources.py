@@ -68,16 +68,24 @@ def _matches(path: Path) -> Inputs:
         return Inputs((path,), ())
     if not glob.has_magic(str(path)):
         raise FileNotFoundError(f"{path}: no such file")
-    found = [
-        _search(p) if p.is_dir() else Inputs((p,), ())
-        for p in sorted(map(Path, glob.glob(str(path), recursive=True)))
-    ]
-    # `**` matches directories and what is in them.
-    files = dict.fromkeys(p for inputs in found for p in inputs.files)
+    matches = _once(map(Path, glob.glob(str(path), recursive=True)))
+    found = [_search(p) if p.is_dir() else Inputs((p,), ()) for p in matches.values()]
+    files = _once(p for inputs in found for p in inputs.files)
     if not files:
         raise FileNotFoundError(f"{path}: no file matches this pattern")
-    ignored = dict.fromkeys(p for inputs in found for p in inputs.ignored if p not in files)
-    return Inputs(tuple(files), tuple(ignored))
+    ignored = _once(p for inputs in found for p in inputs.ignored)
+    return Inputs(tuple(files.values()), tuple(ignored[e] for e in ignored if e not in files))
+
+
+def _once(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
+    """Each entry of a directory by its shortest path, in order of these.
+
+    `**` matches directories and what is in them, and follows a link to its own directory in rounds.
+    """
+    entries: dict[tuple[str, str], Path] = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        entries.setdefault((os.path.realpath(path.parent), path.name), path)
+    return dict(sorted(entries.items(), key=lambda entry: entry[1]))
 
 
 def _search(root: Path) -> Inputs:
@@ -139,10 +147,12 @@ class Source:
     """One file being read."""
 
     def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            raise ValueError(f"{path}: expected a file of rows, got a directory")
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
+        if not path.is_file():
+            # A pipe can be read once; its first bytes and its hash would be missed.
+            kind = "a directory" if path.is_dir() else "a pipe or a device"
+            raise ValueError(f"{path}: expected a file of rows, got {kind}")
         self.path = path
         self.size = path.stat().st_size
         self.kind = "empty"
