@@ -74,6 +74,8 @@ def train(
         "data.template": "deepseek_r1",
         "data.paths": f"[{directory / 'champ.jsonl'}]",
         "parallel.ep_size": 1,  # the quickstart's own layout is another one
+        # A bias moves by a whole step, by a sign: that would magnify what rounding decides.
+        "experts.bias": "freeze",
         **{f"parallel.{key}": value for key, value in sizes.items()},
         "train.num_steps": num_steps,
         "output.dir": directory / name / "out",

@@ -44,6 +44,7 @@ def check(results: Results, case: Case, reference: Case, before: Tensors) -> Non
     assert ours.mtp_losses == pytest.approx(theirs.mtp_losses, rel=LOSS_TOLERANCE)
     assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=LOSS_TOLERANCE)
     assert ours.balances == pytest.approx(theirs.balances, rel=1e-6)
+    assert ours.evaluated == pytest.approx(theirs.evaluated, rel=LOSS_TOLERANCE)
     gradients = [results.tensors(c.name, "gradients") for c in (case, reference)]
     error, name = worst(*gradients)
     assert error < GRADIENT_TOLERANCE, f"gradient of {name}: {error:.1e}"

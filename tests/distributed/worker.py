@@ -79,6 +79,8 @@ class Outcome:
     mtp_losses: list[float | None]
     grad_norms: list[float]
     balances: list[float]
+    evaluated: list[float | None]
+    """Main and MTP loss of the second step's data after it; the third is to find no trace of it."""
 
 
 def samples(seed: int, number: int, *, vocab_size: int, longest: int) -> list[Sample]:
@@ -201,6 +203,8 @@ def run(
             gather_gradients(wrapped)
             gradients = GradientBridge(chunks, arch, parallel, groups)
             _save(gradients, out / case.name, "gradients", torch.float32)
+        if number == 1:
+            evaluated = step.evaluate(batches)
     step.settle()
     _save(bridge, out / case.name, "weights", dtype)
     _let_go(chunks, config)
@@ -210,6 +214,7 @@ def run(
             [r.losses.mtp for r in results],
             [r.grad_norm for r in results],
             [r.expert_balance for r in results],
+            [evaluated.main, evaluated.mtp],
         )
         (out / f"{case.name}.json").write_text(json.dumps(asdict(outcome)))
 
