@@ -112,7 +112,8 @@ def serving_image(docker, image, tmp_path_factory) -> str:
     lacking = " ".join(f"{PACKAGES}/{package}*" for package in TRAINING_ONLY)
     base = f"FROM {_base()}\nCOPY vllm {PACKAGES}/vllm\nRUN rm -rf {lacking}\n"
     (context / "Dockerfile").write_text(base)
-    made = docker("build", "--tag", _base("Dockerfile.serve"), str(context))
+    tag = ("--network", "host", "--tag", _base("Dockerfile.serve"))
+    made = docker("build", *tag, str(context))
     assert made.returncode == 0, made.stderr
     built = _build(docker, "megatron-dsv3-serve", dockerfile="Dockerfile.serve")
     assert built.returncode == 0, built.stderr[-5000:]
