@@ -92,7 +92,9 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(help="Processes; by default one a CPU.", show_default=False)
     ] = None,
-    show: Annotated[int, typer.Option(help="Samples to print, counted tokens coloured.")] = 0,
+    show: Annotated[
+        int, typer.Option(min=0, help="Samples to print, counted tokens coloured.")
+    ] = 0,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a complete store.")] = False,
     trust_remote_code: Annotated[
         bool,

@@ -105,6 +105,7 @@ def test_a_terminal_of_80_columns_shows_rows_a_second_and_the_time_left(tmp_path
         (["{tmp}/none.jsonl"], "error: {tmp}/none.jsonl: no such file"),
         (["{file}", "--model", "{tmp}"], "tokenizer.json: not found; expected the tokenizer files"),
         ([], "error: no input: name chat files, or --show N to look into a store"),
+        (["--show", "-1"], "Invalid value for '--show'"),
         (["--show", "1"], "store: no such directory (no manifest.json); write it with"),
         (["{file}", "--out", "{file}/store"], "a.jsonl/store.unfinished: Not a directory"),
         (["{bad}"], "bad.jsonl:1 (byte 0): messages: no assistant turn to learn from"),
