@@ -13,7 +13,7 @@ from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import MemorySection, OptimizerSection, PrecisionSection
 from megatron_dsv3.plan.cards import cluster_of
 from megatron_dsv3.plan.kernels import load_kernels
-from megatron_dsv3.plan.layer_times import HOST_SHARE, LayerTimes
+from megatron_dsv3.plan.layer_times import LINK_SHARE, LayerTimes
 from megatron_dsv3.plan.links import EXCHANGE_REACHED, Group, Links
 from megatron_dsv3.plan.records import Workload
 from megatron_dsv3.plan.speed import Speed, stage_parameters
@@ -124,7 +124,7 @@ def test_offloaded_activations_cost_what_no_layer_hides(speed):
     # 8 experts' inputs of 4096 tokens are 448 MiB, and all of it three times as much.
     mib = int(row.seconds.origin.split()[0])
     assert 3 * 448 < mib < 5 * 448
-    seconds = mib * 2**20 / (HOST_SHARE * H100.card.host_gb_s * 1e9)
+    seconds = mib * 2**20 / (LINK_SHARE * H100.card.host_gb_s * 1e9)
     others = sum(one.seconds.forward for one in rows) - row.seconds.forward
     assert row.seconds.forward == pytest.approx(seconds - others, abs=2e-3)
     slow = replace(H100, card=replace(H100.card, host_gb_s=5.0))

@@ -28,7 +28,7 @@ UNPACKED = 0.85
 PADDED_VALUES = 1.9
 """Slower attention where context parallelism pads values to the keys' width: 12.95 ms against 6.88
 (docs/performance.md)."""
-HOST_SHARE = 0.5
+LINK_SHARE = 0.5
 """Of the link to host memory, for activations: all GPUs of a node copy at once, a group of tensors
 at a time, into the same memory. Assumed."""
 LAUNCH_SECONDS: Mapping[Unit, tuple[float, float]] = {
@@ -88,7 +88,7 @@ class LayerTimes:
             return alone
         layer = unit_of("dense" if name == "dense" else "moe", work.arch, cut_of(work))
         num_bytes = layer.host * self._tokens
-        seconds = num_bytes / (HOST_SHARE * self.kernels.card.host_gb_s * 1e9)
+        seconds = num_bytes / (LINK_SHARE * self.kernels.card.host_gb_s * 1e9)
         shown = [max(0.0, seconds - alone.total(forward=forward)) for forward in (True, False)]
         origin = f"{num_bytes / 2**20:.0f} MiB each way, less the layer that hides it"
         away = Seconds(shown[0], shown[1], origin)
