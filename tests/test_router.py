@@ -280,7 +280,7 @@ PACKED = [0, 0, 0, 0, 0, -1, -1, 1, 1, -1, 2, 2, 2, 2, 2, 2, 2]
 
 def test_the_balance_loss_is_the_mean_over_packed_documents(make):
     router = make(balance=COEFFICIENT)
-    router.balance_weight = 1 / 3  # the step divides by the counted tokens and gives their number
+    router.balance_weight = 1 / 3
     logits = _logits(len(PACKED), 1)
     ours = _gradient(router, logits, _membership(PACKED, 3))
     by_hand = _by_hand(logits, PACKED)
@@ -351,7 +351,7 @@ def test_the_z_loss_of_whole_rows_is_that_of_megatron(make, batch):
 def test_the_z_loss_is_the_mean_over_real_tokens(make):
     router, logits = make(z_loss=0.1), _logits(len(PACKED), 1)
     real = torch.tensor(PACKED) >= 0
-    router.token_weight = 1 / real.sum().item()  # the step divides by the counted tokens
+    router.token_weight = 1 / real.sum().item()
     ours = _gradient(router, logits, _membership(PACKED, 3))
     by_hand = 0.1 * logits[real, 0].exp().sum(-1).log().square().mean()
     (expected,) = torch.autograd.grad(by_hand, logits)

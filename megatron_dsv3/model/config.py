@@ -209,7 +209,8 @@ def _numerics(dtype: torch.dtype) -> dict[str, Any]:
         "apply_rope_fusion": False,
         # Every weight is loaded, strictly: random numbers for 671B would cost minutes for nothing.
         "perform_initialization": False,
-        # One division by the global number of counted tokens, so that no layout changes the loss.
+        # The loss is taken as it is: the step has made it a share of the mean over all counted
+        # tokens, so that neither micro-batches nor the layout change it.
         "calculate_per_token_loss": True,
         "deallocate_pipeline_outputs": True,
         "cuda_graph_modules": [],

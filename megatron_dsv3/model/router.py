@@ -61,15 +61,14 @@ class DeepseekV3Layer(TransformerLayer):
 class DeepseekV3Router(TopKRouter):
     """TopKRouter with DeepSeek-V3's choice of experts, statistics per document, and fp32 state.
 
-    All gradients are divided by the counted tokens of the global batch at the end. The two weights,
-    the same for a whole step, turn that into a mean over documents and over real tokens (of an MTP
-    layer too, which has a few tokens less).
+    The two weights, the same for a whole step, make means over the documents and the real tokens of
+    the global batch of this row's sums (of an MTP layer's too, which has a few tokens less).
     """
 
     balance_weight: float = 1.0
-    """Counted tokens over documents of the global batch."""
+    """1 over the documents of the global batch."""
     token_weight: float = 1.0
-    """Counted tokens over real tokens of the global batch."""
+    """1 over the real tokens of the global batch."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Chooses experts.

@@ -1,8 +1,9 @@
 """One optimizer step: micro-batches -> losses, gradients, update.
 
-The loss is a sum over counted tokens, divided once by their global number, so neither the number of
-micro-batches nor the layout changes it. Per-token losses of every depth come from the model; labels
-and masks come from the data, made before any slicing.
+The loss is a sum over counted tokens, divided by their global number before the first backward, so
+neither the number of micro-batches nor the layout changes it, and no gradient is scaled afterwards.
+Per-token losses of every depth come from the model; labels and masks come from the data, made
+before any slicing.
 """
 
 import math
@@ -226,8 +227,8 @@ class TrainStep:
 
     def _prepare(self, counts: Counts) -> None:
         for router in self.routers:
-            router.balance_weight = float(counts.counted[0]) / counts.documents
-            router.token_weight = float(counts.counted[0]) / counts.tokens
+            router.balance_weight = 1 / counts.documents
+            router.token_weight = 1 / counts.tokens
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -283,24 +284,26 @@ class TrainStep:
         means = total[:-1] / counts.counted.clamp(min=1)
         return Losses(means[0].item(), means[1:].mean().item() if len(means) > 1 else None)
 
-    def _read_loads_then_finalize(self, *args: Any, **kwargs: Any) -> None:
-        """Megatron-Core's reduction of gradients also resets the load counters: read them first."""
+    def _read_loads_then_finalize(
+        self, chunks: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        """Megatron-Core's reduction of gradients also resets the load counters: read them first.
+
+        It would divide all gradients by `num_tokens` in a pass over memory; the losses are divided.
+        """
         self.experts.read()
-        self._finalize(*args, **kwargs)
+        self._finalize(chunks, None, **kwargs)
 
 
 def loss_weights(counted: Tensor, mtp_loss_weight: float) -> Tensor:
     """What multiplies the loss sum of each depth, [1 + num_mtp], float32.
 
-    All gradients are divided by the main count at the end; so an MTP depth gets the ratio of the
-    counts, and the depths share `mtp_loss_weight` (paper eq. 25).
+    It makes means over the global batch of the sums; the MTP depths share `mtp_loss_weight`
+    (paper eq. 25).
     """
-    weights = torch.ones(len(counted))
-    depths = len(counted) - 1
-    for depth in range(1, depths + 1):
-        ratio = float(counted[0] / counted[depth]) if counted[depth] else 0.0
-        weights[depth] = mtp_loss_weight / depths * ratio
-    return weights
+    weights = torch.full_like(counted, mtp_loss_weight / max(len(counted) - 1, 1))
+    weights[0] = 1.0
+    return torch.where(counted > 0, weights / counted, 0.0).float()
 
 
 def _forward(
