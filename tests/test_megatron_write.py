@@ -98,6 +98,13 @@ def test_logits_after_megatrons_own_load_are_those_of_transformers(
     assert worst_logit(directory) < LOGIT_TOLERANCE
 
 
+def test_what_a_training_said_of_attention_does_not_concern_the_layout(hf_dir, layout, monkeypatch):
+    """Megatron-Core writes these into its own environment, and a converter may be its child."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "0")
+    assert layouts(Architecture.from_hf(hf_dir))[0] == layout
+
+
 MUTATIONS = {
     "gate and up swapped": ("gate_proj", "up_proj"),
     "an expert off by one": ("experts.3.", "experts.4."),

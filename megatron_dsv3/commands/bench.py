@@ -112,8 +112,8 @@ CASES = [
     ),
     *(
         Case(
-            name=f"whole model of {billions} B", arch=_whole(num_layers), num_documents=4,
-            memory=FULL, optimizer=BF16_STATES, kernels=FUSED_LOSS, experts=ALL_EXPERTS_HERE,
+            name=f"whole model of {billions} B", arch=_whole(num_layers), num_micro_batches=4,
+            memory=FULL, optimizer=BF16_STATES, kernels=FUSED_LOSS,
         )
         for num_layers, billions in ((18, 6.3), (20, 7.0), (22, 7.6))
     ),
