@@ -15,8 +15,11 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train.bench import (
+    ONE_RANK,
     Measured,
     free,
     peak_gib,
@@ -27,11 +30,13 @@ from megatron_dsv3.train.bench import (
 )
 
 SEQ_LENGTH = 4096
+SLICE = slice_of_v3()
 
 
-def config(fp8: str | None) -> MLATransformerConfig:
+def config(
+    fp8: str | None, arch: Architecture = SLICE, parallel: Parallel = ONE_RANK
+) -> MLATransformerConfig:
     """The slice in Megatron-Core's words; what is not about the model is left at its default."""
-    arch = slice_of_v3()
     return MLATransformerConfig(
         num_layers=arch.num_layers, hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size, num_attention_heads=arch.num_heads,
@@ -42,7 +47,8 @@ def config(fp8: str | None) -> MLATransformerConfig:
         normalization="RMSNorm", layernorm_epsilon=arch.rms_norm_eps, gated_linear_unit=True,
         activation_func=torch.nn.functional.silu, add_bias_linear=False,
         attention_dropout=0.0, hidden_dropout=0.0,
-        num_moe_experts=arch.num_experts, moe_layer_freq=[0, 1, 1],
+        num_moe_experts=arch.num_experts,
+        moe_layer_freq=[int(arch.is_moe_layer(layer)) for layer in range(arch.num_layers)],
         moe_ffn_hidden_size=arch.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=arch.moe_ffn_hidden_size,
         moe_router_topk=arch.num_experts_per_token, moe_router_score_function="sigmoid",
@@ -53,14 +59,27 @@ def config(fp8: str | None) -> MLATransformerConfig:
         bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16,
         bias_activation_fusion=True, gradient_accumulation_fusion=True,
         attention_backend=AttnBackend.fused,
+        tensor_model_parallel_size=parallel.tp_size, sequence_parallel=parallel.sequence_parallel,
+        expert_model_parallel_size=parallel.ep_size, expert_tensor_parallel_size=parallel.etp_size,
         fp8="e4m3" if fp8 else None, fp8_recipe=fp8 or "delayed",
     )  # fmt: skip
 
 
-def measure(groups: Groups, num_micro_batches: int, fp8: str | None, num_steps: int) -> Measured:
-    """Whole steps: forward and backward of every micro-batch, clipping, update."""
+def measure(
+    groups: Groups,
+    num_micro_batches: int,
+    fp8: str | None,
+    num_steps: int,
+    *,
+    arch: Architecture = SLICE,
+    parallel: Parallel = ONE_RANK,
+) -> Measured:
+    """Whole steps: forward and backward of every micro-batch, clipping, update.
+
+    Several GPUs share experts and layers' widths; there is no pipeline and no context parallelism.
+    """
     reset_peak(groups.device)
-    arch, model_config = slice_of_v3(), config(fp8)
+    model_config = config(fp8, arch, parallel)
     model = GPTModel(
         model_config,
         get_gpt_decoder_block_spec(model_config, use_transformer_engine=True),
@@ -101,7 +120,7 @@ def measure(groups: Groups, num_micro_batches: int, fp8: str | None, num_steps: 
         "mcore",
         arch,
         times,
-        num_tokens=num_micro_batches * SEQ_LENGTH,
+        num_tokens=num_micro_batches * SEQ_LENGTH * groups.dp_size / groups.world_size,
         document_length=SEQ_LENGTH,
         peak_gib=peak_gib(groups.device),
         loss=float(losses[-1]),

@@ -8,7 +8,7 @@ sent to, each expert gets every token, the load that expert parallelism over 32 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from megatron_dsv3.train.step import TrainStep
 
 WARM_UP_STEPS = 3
 BF16 = PrecisionSection()
+ONE_RANK = Parallel()
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -79,10 +80,13 @@ class Case:
     kernels: KernelsSection = KernelsSection()
     optimizer: OptimizerSection = OptimizerSection()
     experts: ExpertsSection = ExpertsSection()
+    parallel: Parallel = ONE_RANK
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of Megatron-Core's configuration."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all micro-batches, on one device."""
+        """Of all micro-batches of one data-parallel rank."""
         return self.num_micro_batches * self.num_documents * self.document_length
 
 
@@ -96,10 +100,11 @@ class Measured:
     fastest_ms: float
     """Of all steps: on a machine with other work on its cores, what the step itself takes."""
     tokens_per_second: float
+    """Of each device."""
     tflops: float
-    """Model FLOPs a second (causal attention, no recomputation counted), in 10^12."""
+    """Model FLOPs a second and device (causal attention, no recomputation counted), in 10^12."""
     peak_gib: float
-    """Largest memory allocated on the device."""
+    """Largest memory allocated on this process's device."""
     parameters: int
     loss: float
     """Of the last step."""
@@ -122,18 +127,19 @@ def prepare(case: Case, groups: Groups, *, seed: int = 1) -> Prepared:
     dtype = _DTYPES[case.precision.compute]
     config = mcore_config(
         case.arch,
-        Parallel(),
+        case.parallel,
         dtype=dtype,
         device=groups.device,
         experts=case.experts,
         memory=case.memory,
         precision=case.precision,
         kernels=case.kernels,
+        options=case.options,
     )
     row_length = case.num_documents * case.document_length
     chunks = build_chunks(
         case.arch,
-        Parallel(),
+        case.parallel,
         groups,
         config,
         max_seq_length=row_length,
@@ -149,7 +155,7 @@ def prepare(case: Case, groups: Groups, *, seed: int = 1) -> Prepared:
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
     step = TrainStep(wrapped, optimizer, groups, mtp_loss_weight=0.1)
-    return Prepared(step, random_batches(case, seed=seed))
+    return Prepared(step, random_batches(case, seed=seed + groups.dp_rank))
 
 
 def fill_random(parameter: torch.Tensor, generator: torch.Generator) -> None:
@@ -197,7 +203,7 @@ def measure(case: Case, groups: Groups, *, num_steps: int = 10) -> Measured:
         case.name,
         case.arch,
         times,
-        num_tokens=case.tokens_per_step,
+        num_tokens=case.tokens_per_step * groups.dp_size / groups.world_size,
         document_length=case.document_length,
         peak_gib=peak_gib(groups.device),
         loss=losses[-1],
@@ -209,12 +215,12 @@ def summary(
     arch: Architecture,
     times: Sequence[float],
     *,
-    num_tokens: int,
+    num_tokens: float,
     document_length: int,
     peak_gib: float,
     loss: float,
 ) -> Measured:
-    """What steps of `num_tokens` in documents of one length took; `times` in seconds."""
+    """What steps of `num_tokens` a device in documents of one length took; `times` in seconds."""
     seconds, counts = statistics.median(times), count_parameters(arch)
     return Measured(
         name=name,

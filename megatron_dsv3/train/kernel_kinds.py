@@ -8,6 +8,7 @@ import torch
 from megatron_dsv3.train.bench import WARM_UP_STEPS, Prepared
 
 KINDS: Mapping[str, str] = {
+    "communication": r"nccl",
     "attention": r"sdpa|fmha|flash|cudnn::fusion|dot_do_o",
     "matrix products": r"nvjet|gemm|cutlass|xmma|cublas|splitk",
     "optimizer, norm, clipping": r"multi_tensor|adam",
@@ -17,7 +18,6 @@ KINDS: Mapping[str, str] = {
     "norms": r"rmsnorm|layernorm|layer_norm",
     "loss": r"cross_entropy|softmax",
     "activations": r"silu|swiglu|sigmoid",
-    "communication": r"nccl",
     "copies and fills": r"memcpy|memset|copy|fill|cat",
 }
 """What a kernel's name holds, the first that fits; matched without regard to case."""
@@ -40,10 +40,33 @@ def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 def profile_step(prepared: Prepared) -> dict[str, float]:
     """Milliseconds on the GPU of one step after the warm-up, by kind; needs a GPU."""
+    return by_kind((name, end - start) for name, start, end in trace_step(prepared))
+
+
+def exposed(kernels: Iterable[tuple[str, float, float]]) -> float:
+    """How long nothing but communication ran, of (name, start, end) on all streams of a device."""
+    changes = []  # (time, of which kind, one more or one fewer)
+    for name, start, end in kernels:
+        is_other = kind_of(name) != "communication"
+        changes += [(start, is_other, 1), (end, is_other, -1)]
+    running, alone, before = [0, 0], 0.0, 0.0
+    for time, is_other, change in sorted(changes):
+        if running[False] and not running[True]:
+            alone += time - before
+        running[is_other] += change
+        before = time
+    return alone
+
+
+def trace_step(prepared: Prepared) -> list[tuple[str, float, float]]:
+    """Name, start and end in ms of each kernel of one step after the warm-up; needs a GPU."""
     for _ in range(WARM_UP_STEPS):
         prepared.one()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         prepared.one()
         torch.cuda.synchronize()
-    kernels = (event for event in profiler.events() if event.device_type.name == "CUDA")
-    return by_kind((event.name, event.self_device_time_total / 1e3) for event in kernels)
+    return [
+        (event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
+        for event in profiler.events()
+        if event.device_type.name == "CUDA"
+    ]
