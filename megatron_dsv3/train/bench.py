@@ -234,20 +234,20 @@ def summary(
     )
 
 
+@few_collections()
 def time_steps(step: Callable[[], None], device: torch.device, *, num_steps: int) -> list[float]:
     """Seconds of each step after the warm-up; the device has finished at both ends.
 
     Python's collector is treated as in the training loop, for peers too.
     """
     times = []
-    with few_collections():
-        for number in range(WARM_UP_STEPS + num_steps):
-            _synchronize(device)
-            began = time.perf_counter()
-            step()
-            _synchronize(device)
-            if number >= WARM_UP_STEPS:
-                times.append(time.perf_counter() - began)
+    for number in range(WARM_UP_STEPS + num_steps):
+        _synchronize(device)
+        began = time.perf_counter()
+        step()
+        _synchronize(device)
+        if number >= WARM_UP_STEPS:
+            times.append(time.perf_counter() - began)
     return times
 
 

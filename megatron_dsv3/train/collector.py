@@ -9,9 +9,8 @@ from contextlib import contextmanager
 def few_collections() -> Iterator[None]:
     """Leaves what is there now out of every collection until the end; what comes later is not.
 
-    A full collection looks at all objects that torch, Megatron-Core and transformers have made,
-    which takes tens of milliseconds in which nothing is launched; and each rank has its own moment
-    for it, while all others wait.
+    A full collection looks at all objects that torch, Megatron-Core and transformers have made, and
+    meanwhile nothing is launched; each rank has its own moment for it, while all others wait.
     """
     gc.collect()
     gc.freeze()

@@ -59,44 +59,39 @@ class Run:
     """Called on every rank after each step, with its batch: saving."""
 
 
+@few_collections()
 def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
     """Trains to the end of `batches` and returns every step's record.
 
     Raises:
         NonFiniteError: From the step, which was not applied.
     """
-    records: list[StepRecord] = []
+    records = []
     try:
-        with few_collections():
-            _steps(run, batches, records)
+        for number, batch in enumerate(batches, start=run.first_step):
+            began = time.perf_counter()
+            lr = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
+            try:
+                result = run.step(batch.micro_batches, lr_fraction=lr / run.max_lr)
+            except ValueError as error:
+                # Other kinds of ValueError have constructors of their own.
+                kind = type(error) if isinstance(error, SharedError) else ValueError
+                raise kind(f"step {number}: {error}") from error
+            run.schedule.step(1)
+            # The step ended with a read of the loss on the host, so this measures finished work.
+            seconds = time.perf_counter() - began
+            record = _record(run, number, batch, result, lr, seconds)
+            records.append(record)
+            for sink in run.sinks:
+                sink.log(record)
+            _log_expert_load(run, number)
+            for callback in run.on_step:
+                callback(record, batch)
         run.step.settle()
     finally:
         for sink in run.sinks:
             sink.close()
     return records
-
-
-def _steps(run: Run, batches: Iterable[StepBatch], records: list[StepRecord]) -> None:
-    """Step by step, each with its record."""
-    for number, batch in enumerate(batches, start=run.first_step):
-        began = time.perf_counter()
-        lr = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
-        try:
-            result = run.step(batch.micro_batches, lr_fraction=lr / run.max_lr)
-        except ValueError as error:
-            # Other kinds of ValueError have constructors of their own.
-            kind = type(error) if isinstance(error, SharedError) else ValueError
-            raise kind(f"step {number}: {error}") from error
-        run.schedule.step(1)
-        # The step ended with a read of the loss on the host, so this measures finished work.
-        seconds = time.perf_counter() - began
-        record = _record(run, number, batch, result, lr, seconds)
-        records.append(record)
-        for sink in run.sinks:
-            sink.log(record)
-        _log_expert_load(run, number)
-        for callback in run.on_step:
-            callback(record, batch)
 
 
 def _record(
