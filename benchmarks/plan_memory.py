@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import PipelineOffloadManager
 
+from megatron_dsv3.config.kernels import KernelsSection
 from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.sections import MemorySection, OptimizerSection, PrecisionSection
 from megatron_dsv3.model.groups import Groups, device_of, start, stop
@@ -56,6 +57,7 @@ class Job:
     precision: PrecisionSection = field(default=bench.BF16)
     memory: MemorySection = MemorySection()
     optimizer: OptimizerSection = OptimizerSection()
+    kernels: KernelsSection = KernelsSection()
 
     @property
     def case(self) -> bench.Case:
@@ -69,12 +71,13 @@ class Job:
             precision=self.precision,
             memory=self.memory,
             optimizer=self.optimizer,
+            kernels=self.kernels,
         )
 
     def settings(self) -> dict[str, Any]:
         """For the file; `Job(**...)` of it after validation of the sections is this job."""
         plain = ("name", "slice", "num_micro_batches", "document_length", "num_documents")
-        sections = ("precision", "memory", "optimizer")
+        sections = ("precision", "memory", "optimizer", "kernels")
         return {name: getattr(self, name) for name in plain} | {
             name: getattr(self, name).model_dump(mode="json") for name in sections
         }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsv3.commands.bench import CASES as CASES_MEASURED
 from megatron_dsv3.config.architecture import DEEPSEEK_V3
 from megatron_dsv3.config.job import Job, load_job
 from megatron_dsv3.config.placement import place, stage_costs
@@ -58,3 +59,19 @@ def test_its_fullest_rank_leaves_a_quarter_of_the_card(case):
     totals = [stage.total / GIB for stage in estimate(workload)]
     assert len(totals) == job.parallel.pp_size
     assert 0.5 * CARD_GIB < max(totals) < 0.75 * CARD_GIB, totals
+
+
+def test_the_job_of_one_gpu_is_the_one_that_an_h100_ran():
+    (case,) = (case for case in CASES_MEASURED if case.name == "whole model of 7.0 B")
+    job = load_job(EXAMPLES / "sft_one_gpu.yaml")
+    assert job.problems(case.arch, 1) == []
+    assert job.backend_problems("cuda") == []
+    ours, measured = job.optimizer, case.optimizer
+    assert (ours.moments, ours.gradients) == (measured.moments, measured.gradients)
+    assert (job.memory, job.kernels, job.precision) == (case.memory, case.kernels, case.precision)
+    rows = (job.data.seq_length, job.num_micro_batches(1), job.train.micro_batch_size)
+    assert rows == (case.document_length, case.num_micro_batches, case.num_documents)
+    (stage,) = estimate(Workload.of_job(job, case.arch, 1))
+    # As docs/benchmarks.md has it; the logits are counted without the fused loss.
+    assert stage.allocated / GIB == pytest.approx(69.2, rel=0.035)
+    assert stage.total / GIB < CARD_GIB

@@ -93,6 +93,7 @@ KERNELS = {
     "no fused rope": KernelsSection(fused_rope=False),
     "packed attention": KernelsSection(dense_single_documents=False),
     "fused loss": KernelsSection(fused_loss=True),
+    "router in torch": KernelsSection(fused_router=False),
 }
 
 

@@ -21,7 +21,7 @@ CUDA_ONLY = {
     "use_cpu_initialization", "attention_backend", "bias_activation_fusion",
     "gradient_accumulation_fusion", "moe_permute_fusion",
     "apply_rope_fusion", "dense_single_documents", "cross_entropy_loss_fusion",
-    "cross_entropy_fusion_impl",
+    "cross_entropy_fusion_impl", "moe_router_fusion",
 }  # fmt: skip
 """Fields that choose a kernel or a place, never a number."""
 
@@ -235,20 +235,30 @@ def test_a_gpu_changes_kernels_and_no_numbers(given, dtype):
 
 KERNEL_FIELDS = (
     "apply_rope_fusion", "dense_single_documents", "cross_entropy_loss_fusion",
-    "cross_entropy_fusion_impl",
+    "cross_entropy_fusion_impl", "moe_router_fusion",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, (True, True, False, "native")),
-        ({"kernels": KernelsSection(fused_rope=False)}, (False, True, False, "native")),
-        ({"kernels": KernelsSection(dense_single_documents=False)}, (True, False, False, "native")),
-        ({"kernels": KernelsSection(fused_loss=True)}, (True, True, True, "te")),
+        ({}, (True, True, False, "native", True)),
+        ({"kernels": KernelsSection(fused_rope=False)}, (False, True, False, "native", True)),
+        (
+            {"kernels": KernelsSection(dense_single_documents=False)},
+            (True, False, False, "native", True),
+        ),
+        ({"kernels": KernelsSection(fused_loss=True)}, (True, True, True, "te", True)),
+        (
+            {"kernels": KernelsSection(fused_router=False)},
+            (True, True, False, "native", False),
+        ),
         # fp32 is there for checks; the kernels are for bf16, the rotation for YaRN's angles.
-        ({"dtype": torch.float32, "kernels": ALL}, (False, False, False, "native")),
-        ({"arch": replace(DEEPSEEK_V3, yarn=None), "kernels": ALL}, (False, True, True, "te")),
+        ({"dtype": torch.float32, "kernels": ALL}, (False, False, False, "native", True)),
+        (
+            {"arch": replace(DEEPSEEK_V3, yarn=None), "kernels": ALL},
+            (False, True, True, "te", True),
+        ),
     ],
     ids=str,
 )

@@ -20,7 +20,8 @@ from megatron_dsv3.plan.speed import Speed, stage_parameters
 from megatron_dsv3.train.bench import slice_of_v3
 
 JOBS = json.loads((Path(__file__).parent / "data" / "h100_jobs.json").read_text())["jobs"]
-MEASURED = [job for job in JOBS if "measured" in job]
+MEASURED = [job for job in JOBS if "all offloaded" not in job["name"]]
+(ALL_OFFLOADED,) = [job for job in JOBS if "all offloaded" in job["name"]]
 H100 = cluster_of("h100-80gb")
 PLAIN = KernelsSection(fused_rope=False, dense_single_documents=False)
 # docs/benchmarks.md and docs/performance.md: ms of a step, before kernels were fused.
@@ -53,10 +54,9 @@ def v3(parallel: Parallel, world_size: int = 256, **changes) -> Workload:
     return Workload(arch=DEEPSEEK_V3, parallel=parallel, world_size=world_size, **values)
 
 
-@pytest.mark.parametrize("job", MEASURED, ids=lambda job: job["name"])
-def test_steps_measured_on_an_h100_are_met_within_15_percent(speed, job):
+def measured_workload(job: dict) -> Workload:
     length = job["document_length"]
-    work = workload(
+    return workload(
         arch=slice_of_v3(**job["slice"]),
         seq_length=length * job["num_documents"],
         document_length=length,
@@ -64,13 +64,24 @@ def test_steps_measured_on_an_h100_are_met_within_15_percent(speed, job):
         precision=PrecisionSection.model_validate(job["precision"]),
         memory=MemorySection.model_validate(job["memory"]),
         optimizer=OptimizerSection.model_validate(job["optimizer"]),
-        kernels=KernelsSection.model_validate(job.get("kernels", PLAIN.model_dump())),
+        kernels=KernelsSection.model_validate(job["kernels"]),
     )
-    assert speed.step(work).total * 1e3 == pytest.approx(job["measured"]["step_ms"], rel=0.15)
 
 
-def test_there_are_at_least_eight_measured_jobs():
-    assert len(MEASURED) >= 8
+@pytest.mark.parametrize("job", MEASURED, ids=lambda job: job["name"])
+def test_steps_measured_on_an_h100_are_met_within_10_percent(speed, job):
+    predicted = speed.step(measured_workload(job)).total * 1e3
+    assert predicted == pytest.approx(job["measured"]["step_ms"], rel=0.1)
+
+
+def test_offloading_all_is_not_promised_faster_than_an_h100_was(speed):
+    """Megatron-Core leaves some of it on the card; the search does not try it."""
+    predicted = speed.step(measured_workload(ALL_OFFLOADED)).total * 1e3
+    assert 1 < predicted / ALL_OFFLOADED["measured"]["step_ms"] < 1.5
+
+
+def test_no_measured_job_is_left_out():
+    assert len(MEASURED) >= 17
 
 
 @pytest.mark.parametrize(("ms", "changes"), PUBLISHED.values(), ids=PUBLISHED)

@@ -17,3 +17,7 @@ class KernelsSection(Section):
     """Cross-entropy by Transformer Engine's Triton kernel, which overwrites the bf16 logits with
     their gradient: without it fp32 copies of them take 6 bytes a word and token more. Megatron-Core
     warns of its stability."""
+    fused_router: bool = True
+    """Scores, choice and weights of the experts by one kernel of Transformer Engine instead of 20,
+    in fp32. For models that score a group by as many experts as DeepSeek-V3: top-k over groups a
+    token is 2."""

@@ -232,6 +232,7 @@ def _device(
         "bias_activation_fusion": True,
         "gradient_accumulation_fusion": half,
         "moe_permute_fusion": True,
+        "moe_router_fusion": kernels.fused_router,
         "apply_rope_fusion": kernels.fused_rope and half and has_yarn,
         "dense_single_documents": kernels.dense_single_documents and half,
         "cross_entropy_loss_fusion": kernels.fused_loss and half,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -81,24 +82,64 @@ class DeepseekV3Router(TopKRouter):
         Returns:
             Weights and choice, both [seq * batch, experts]; weights are zero where not chosen.
         """
-        members = _members(logits, padding_mask)
-        scores = logits.flatten(0, 1).float().sigmoid()
-        chosen = self._choose(scores.detach())
-        weights = scores.gather(1, chosen)
+        tokens = logits.flatten(0, 1)
+        scores = None if self._is_fused() else tokens.float().sigmoid()
+        probs, routing_map = self._by_kernel(tokens) if scores is None else self._choose(scores)
+        if torch.is_grad_enabled():
+            members = _members(logits, padding_mask)
+            self._count(routing_map, members)
+            if self.training and self.config.sequence_balance_coefficient:
+                hits, shares = self._unbiased(tokens, scores)
+                loss = self._balance_loss(shares, hits, members)
+                probs = MoEAuxLossAutoScaler.apply(probs, loss)
+            if self.training and self.config.moe_z_loss_coeff:
+                probs = self._with_z_loss(probs, tokens, members)
+        return probs, routing_map
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and choice [tokens, experts]."""
+        experts = self._best_experts(scores.detach())
+        weights = scores.gather(1, experts)
         if self.config.moe_router_normalize_topk:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.config.moe_router_topk_scaling_factor
-        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-        probs = torch.zeros_like(scores).scatter(1, chosen, weights)
-        if torch.is_grad_enabled():
-            self._count(routing_map, members)
-            if self.training and self.config.sequence_balance_coefficient:
-                probs = self._with_balance_loss(probs, scores, members)
-            if self.training and self.config.moe_z_loss_coeff:
-                probs = self._with_z_loss(probs, logits.flatten(0, 1), members)
-        return probs, routing_map
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter(1, experts, True)
+        return torch.zeros_like(scores).scatter(1, experts, weights), routing_map
 
-    def _choose(self, scores: Tensor) -> Tensor:
+    def _by_kernel(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What `_choose` gives, by one kernel."""
+        config = self.config
+        chosen: tuple[Tensor, Tensor] = moe_utils.fused_topk_with_score_function(
+            logits,
+            self.topk,
+            False,
+            config.moe_router_num_groups if self._has_groups else None,
+            config.moe_router_group_topk if self._has_groups else None,
+            config.moe_router_topk_scaling_factor,
+            "sigmoid",
+            self.expert_bias,
+        )
+        return chosen
+
+    @property
+    def _has_groups(self) -> bool:
+        return self.config.moe_router_num_groups > 1
+
+    def _is_fused(self) -> bool:
+        """Whether Transformer Engine's kernel knows this model's rule.
+
+        It scores a group by its best `topk / group_topk` experts, and always normalises.
+        """
+        config = self.config
+        groups_fit = not self._has_groups or self.topk == 2 * config.moe_router_group_topk
+        return (
+            config.moe_router_fusion
+            and config.moe_router_normalize_topk
+            and self.topk > 1
+            and groups_fit
+        )
+
+    def _best_experts(self, scores: Tensor) -> Tensor:
         """Top-k experts [tokens, topk] within the best groups, by score plus bias."""
         biased = scores + self.expert_bias
         grouped = biased.unflatten(1, (self.config.moe_router_num_groups, -1))
@@ -110,32 +151,42 @@ class DeepseekV3Router(TopKRouter):
 
     @torch.no_grad()
     def _count(self, routing_map: Tensor, members: Tensor) -> None:
-        real = members.any(-1, keepdim=True)
-        self.local_tokens_per_expert += (routing_map & real).sum(0)
+        # Each launch costs the host more than the GPU: one product masks and sums.
+        chosen = members.any(-1)[None].float() @ routing_map.float()
+        self.local_tokens_per_expert += chosen[0]
 
-    def _with_balance_loss(self, probs: Tensor, scores: Tensor, members: Tensor) -> Tensor:
-        """Attaches coefficient * mean over documents of sum_i f_i * P_i (paper eq. 17-20).
+    def _unbiased(self, logits: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Top-k of the scores alone, and each token's scores over their sum; [tokens, experts]."""
+        if scores is None:
+            of_kernel: tuple[Tensor, Tensor] = moe_utils.fused_compute_score_for_moe_aux_loss(
+                logits, self.topk, "sigmoid"
+            )
+            return of_kernel
+        top = scores.detach().topk(self.topk, dim=-1).indices
+        hits = torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
+        return hits, scores / (scores.sum(-1, keepdim=True) + 1e-20)
+
+    def _balance_loss(self, shares: Tensor, hits: Tensor, members: Tensor) -> Tensor:
+        """coefficient * mean over documents of sum_i f_i * P_i (paper eq. 17-20).
 
         f counts the unbiased top-k of the document's real tokens, P averages their normalised
         scores; both over the whole document, which tensor and context parallelism spread over
         ranks.
         """
-        membership = members.to(scores.dtype)
-        top = scores.detach().topk(self.topk, dim=-1).indices
-        hits = torch.zeros_like(scores).scatter(1, top, 1.0)
-        score_sums = membership.T @ (scores / (scores.sum(-1, keepdim=True) + 1e-20))
-        counts = torch.cat([membership.T @ hits, membership.sum(0)[:, None]], 1)
+        membership = members.float()
+        share_sums = membership.T @ shares
+        hits_per_document = membership.T @ hits.float()
         if self.tp_cp_group.size() > 1:
-            dist.all_reduce(counts, group=self.tp_cp_group)
-        hits_per_document, lengths = counts[:, :-1], counts[:, -1].clamp(min=1)
-        per_document = (score_sums * hits_per_document).sum(1) / lengths.square()
+            dist.all_reduce(hits_per_document, group=self.tp_cp_group)
+        # A document's length is its hits over top-k; one of padding alone has none.
+        lengths = hits_per_document.sum(1).clamp(min=self.topk) / self.topk
+        per_document = (share_sums * hits_per_document).sum(1) / lengths.square()
         scale = self.config.sequence_balance_coefficient * self.num_experts / self.topk
-        return MoEAuxLossAutoScaler.apply(probs, scale * per_document.sum() * self.balance_weight)
+        return per_document.sum() * (scale * self.balance_weight)
 
     def _with_z_loss(self, probs: Tensor, logits: Tensor, members: Tensor) -> Tensor:
         """Attaches coefficient * mean over real tokens of logsumexp(logits)^2."""
-        real = members.any(-1)
-        squares = logits.float().logsumexp(-1).square() * real
+        squares = logits.float().logsumexp(-1).square() * members.any(-1)
         loss = self.config.moe_z_loss_coeff * squares.sum() * self.token_weight
         return MoEAuxLossAutoScaler.apply(probs, loss)
 

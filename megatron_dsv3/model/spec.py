@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -28,6 +28,7 @@ from megatron_dsv3.config.placement import Stage
 from megatron_dsv3.model import torch_modules as torch_mods
 from megatron_dsv3.model.attention import CoreAttention
 from megatron_dsv3.model.config import DeepseekV3Config
+from megatron_dsv3.model.moe import DeepseekV3MoELayer
 from megatron_dsv3.model.router import DeepseekV3Layer, DeepseekV3Router, PackedRow
 
 
@@ -241,4 +242,4 @@ def _sparse_mlp(backend: Any) -> Any:
         shared_experts=partial(SharedExpertMLP, submodules=shared),
         router=DeepseekV3Router,
     )
-    return partial(MoELayer, submodules=submodules)
+    return partial(DeepseekV3MoELayer, submodules=submodules)

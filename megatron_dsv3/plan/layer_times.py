@@ -31,6 +31,8 @@ PADDED_VALUES = 1.9
 LINK_SHARE = 0.5
 """Of the link to host memory, for activations: all GPUs of a node copy at once, a group of tensors
 at a time, into the same memory. Assumed."""
+LINK_SHARE_ALONE = 0.85
+"""Of a GPU that is alone. Fitted to two jobs on an H100."""
 LAUNCH_SECONDS: Mapping[Unit, tuple[float, float]] = {
     "dense": (6e-3, 13e-3), "moe": (10e-3, 22e-3), "mtp": (11e-3, 24e-3), "head": (1e-3, 2e-3),
 }  # fmt: skip
@@ -88,7 +90,8 @@ class LayerTimes:
             return alone
         layer = unit_of("dense" if name == "dense" else "moe", work.arch, cut_of(work))
         num_bytes = layer.host * self._tokens
-        seconds = num_bytes / (LINK_SHARE * self.kernels.card.host_gb_s * 1e9)
+        share = LINK_SHARE if work.world_size > 1 else LINK_SHARE_ALONE
+        seconds = num_bytes / (share * self.kernels.card.host_gb_s * 1e9)
         shown = [max(0.0, seconds - alone.total(forward=forward)) for forward in (True, False)]
         origin = f"{num_bytes / 2**20:.0f} MiB each way, less the layer that hides it"
         away = Seconds(shown[0], shown[1], origin)
