@@ -13,7 +13,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsv3.config.sections import OptimizerSection, ScheduleSection
 from megatron_dsv3.train.remainders import keep_masters_whole
-from megatron_dsv3.train.spikes import NonFiniteError
 
 
 def build_optimizer(
@@ -102,19 +101,18 @@ def build_schedule(
     )
 
 
-def update(optimizer: Any) -> float:
-    """Clips, updates the parameters and returns the gradient norm before clipping.
-
-    What `ChainedOptimizer.step` does, with a look at the norm before anything changes. The norm is
-    read on the host: one sync a step.
-
-    Raises:
-        NonFiniteError: The norm is not finite; parameters and moments are as they were.
-    """
+def gradient_norm(optimizer: Any) -> float:
+    """Global L2 norm of all gradients, before clipping; collective, read on the host."""
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        raise NonFiniteError(f"gradient norm is {norm}")
+    return float(optimizer.get_grad_norm())
+
+
+def clip_and_update(optimizer: Any, norm: float) -> None:
+    """Scales the gradients of this (finite) norm down to `clip_grad`, and updates the parameters.
+
+    With `gradient_norm`, what `ChainedOptimizer.step` does, with a look at the norm before anything
+    changes.
+    """
     for part in optimizer.chained_optimizers:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
@@ -126,4 +124,3 @@ def update(optimizer: Any) -> float:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
-    return norm

@@ -27,7 +27,7 @@ from megatron_dsv3.model.build import routers
 from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.model.router import PackedRow
 from megatron_dsv3.train.experts import ExpertBalance
-from megatron_dsv3.train.optimizer import update
+from megatron_dsv3.train.optimizer import clip_and_update, gradient_norm
 from megatron_dsv3.train.spikes import NonFiniteError, SpikeError, SpikeGuard
 
 
@@ -178,16 +178,23 @@ class TrainStep:
         counts = global_counts(batches, self.groups)
         if counts.counted[0] == 0:
             raise ValueError("the global batch holds no counted token; check the data's loss flags")
+        self._prepare(counts)  # first: the device clears gradients while the host lays out rows
         rows = [to_row(batch, self.groups) for batch in batches]
-        self._prepare(counts)
         outputs = self._run(rows, counts, forward_only=False)
         self.experts.reduce()
         losses, grad_norm, skipped = Losses(math.nan, None), math.nan, None
         try:
+            # Before the losses are read: the host starts it while the device is in backward.
+            norm = gradient_norm(self.optimizer)
             losses = self._losses(outputs, rows, counts)
             if reason := self.guard.explain(losses.main):
                 raise SpikeError(f"{reason}; {self._blame_all(rows)}")
-            grad_norm = self._update(rows)
+            if not math.isfinite(norm):
+                raise NonFiniteError(
+                    f"gradient norm is {norm}; losses were finite; {self._blame_all(rows)}"
+                )
+            grad_norm = norm
+            clip_and_update(self.optimizer, norm)
             self.experts.update_biases(lr_fraction)
             self.guard.keep(losses.main)
         except (NonFiniteError, SpikeError) as error:
@@ -232,12 +239,6 @@ class TrainStep:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-
-    def _update(self, rows: Sequence[Row]) -> float:
-        try:
-            return update(self.optimizer)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; losses were finite; {self._blame_all(rows)}") from None
 
     def _blame_all(self, rows: Sequence[Row]) -> str:
         """Collective: the samples of the global batch, the same on every rank."""
