@@ -1,7 +1,8 @@
-"""Layouts over several GPUs (NCCL, Transformer Engine) against one GPU, in bf16.
+"""Layouts over several GPUs (NCCL, Transformer Engine) against one GPU, in bf16 and FP8.
 
 bf16 rounds each partial sum, so the bounds are those of rounding; a sum that is missing, or counted
-twice, is beyond all of them. Sizes for which there are too few GPUs are skipped.
+twice, is beyond all of them. FP8 is held to what its roundings cost on one GPU. Sizes for which
+there are too few GPUs are skipped.
 """
 
 import pytest
@@ -10,6 +11,7 @@ from distributed.launch import Results, launch
 from distributed.layouts import FULL, OVERLAP, SELECTIVE, case, is_bias, worst
 from distributed.worker import Case
 from hf_reference import REAL_HEADS, build
+from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -17,11 +19,16 @@ LONGEST = 128
 # Gradients are read after the step, where clipping may have changed them.
 BF16 = {"dtype": "bf16", "steps": 2}
 UNCLIPPED = {"clip_grad": 0.0}
+FP8 = {"fp8": "blockwise"}
 ONE = Case("one GPU", optimizer=UNCLIPPED, **BF16)
+ONE_IN_FP8 = Case("one GPU FP8", optimizer=UNCLIPPED, precision=FP8, **BF16)
 LOSS_TOLERANCE = 5e-3
 # bf16 itself is 1.7e-2 off fp32 here, and 2.5e-2 in the worst parameter (on a CPU).
 WHOLE_GRADIENT_TOLERANCE = 3e-2
 GRADIENT_TOLERANCE = 0.1
+FP8_LOSS_TOLERANCE = 2e-2
+# Of what FP8's roundings cost the gradients on one GPU, against bf16 there.
+FP8_RATIO = 1.5
 
 
 def _bf16(name: str, **changes) -> Case:
@@ -48,9 +55,22 @@ LAYOUTS: dict[int, list[Case]] = {
         _bf16("CP2 PP2 packed", micro_batch_size=2),
         _bf16("PP4 MTP apart from the loss", parallel={"stages": "Et*2|t*2|m|L"}),
     ],
-    8: [_bf16("TP2 PP2 CP2 EP4 several lengths a row", packed=True)],
+    8: [
+        _bf16("TP8"),
+        _bf16("EP8"),
+        _bf16("TP8 EP8 packed", micro_batch_size=4),
+        _bf16("CP8"),
+        _bf16("PP4 VPP2 EP2", parallel={"stages": "Et|t|t|t|t|t|m|L"}),
+        _bf16("TP2 CP2 EP4 several lengths a row of eight", packed=True),
+        _bf16("TP2 PP2 CP2 EP4 several lengths a row", packed=True),
+    ],
+}
+IN_FP8: dict[int, list[Case]] = {
+    2: [_bf16(f"{layout} FP8", precision=FP8) for layout in ("TP2", "EP2", "PP2", "CP2")],
+    8: [_bf16("TP2 PP2 CP2 EP4 FP8", precision=FP8), _bf16("TP8 EP8 FP8", precision=FP8)],
 }
 EACH = [(size, case) for size, cases in LAYOUTS.items() for case in cases]
+EACH_IN_FP8 = [(size, case) for size, cases in IN_FP8.items() for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +80,54 @@ def results(tmp_path_factory) -> Results:
     Small weights, as a real model's: where attention is sharp it magnifies rounding ten times.
     """
     place = tmp_path_factory.mktemp("layouts")
-    model = build(bias_std=100.0, num_hidden_layers=4, **REAL_HEADS)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    model = build(bias_std=100.0, num_hidden_layers=6, **(REAL_HEADS | heads))
     for weight in [*model.model.parameters(), *model.mtp.parameters()]:
         if weight.dim() > 1:
             weight.data.mul_(0.25)
     hf_dir = model.save(place / "hf", dtype=torch.bfloat16)
-    for size, cases in {1: [ONE], **LAYOUTS}.items():
+    for size in (1, 2, 4, 8):
+        cases = [*LAYOUTS.get(size, []), *IN_FP8.get(size, [])] if size > 1 else [ONE, ONE_IN_FP8]
         if size <= torch.cuda.device_count():
             launch(size, cases, hf_dir=hf_dir, out=place, longest=LONGEST, device="cuda")
     return Results(place)
 
 
-@pytest.mark.parametrize(("size", "case"), EACH, ids=str)
-def test_a_layout_over_gpus_is_one_gpu_up_to_rounding(request, size, case):
+def _results(request: pytest.FixtureRequest, size: int) -> Results:
     if size > torch.cuda.device_count():
         pytest.skip(f"needs {size} GPUs, {torch.cuda.device_count()} are visible")
     results: Results = request.getfixturevalue("results")
+    return results
+
+
+def _apart(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Norm of the difference over that of `wanted`, all gradients together."""
+    names = [name for name in wanted if not is_bias(name)]
+    apart = sum(float((got[name] - wanted[name]).square().sum()) for name in names)
+    return (apart / sum(float(wanted[name].square().sum()) for name in names)) ** 0.5
+
+
+@pytest.mark.parametrize(("size", "case"), EACH, ids=str)
+def test_a_layout_over_gpus_is_one_gpu_up_to_rounding(request, size, case):
+    results = _results(request, size)
     ours, theirs = results.outcome(case.name), results.outcome(ONE.name)
     assert ours.losses == pytest.approx(theirs.losses, rel=LOSS_TOLERANCE)
     assert ours.mtp_losses == pytest.approx(theirs.mtp_losses, rel=LOSS_TOLERANCE)
     assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=WHOLE_GRADIENT_TOLERANCE)
     assert ours.balances == pytest.approx(theirs.balances, rel=1e-6)
     got, wanted = (results.tensors(c.name, "gradients") for c in (case, ONE))
-    names = [name for name in wanted if not is_bias(name)]
-    apart = sum(float((got[name] - wanted[name]).square().sum()) for name in names)
-    whole = (apart / sum(float(wanted[name].square().sum()) for name in names)) ** 0.5
-    error, name = worst(got, wanted)
+    whole, (error, name) = _apart(got, wanted), worst(got, wanted)
     told = f"all {whole:.1e}, worst {name}: {error:.1e}"
     assert whole < WHOLE_GRADIENT_TOLERANCE, told
     assert error < GRADIENT_TOLERANCE, told
+
+
+@pytest.mark.parametrize(("size", "case"), EACH_IN_FP8, ids=str)
+def test_a_layout_in_fp8_costs_no_more_than_fp8_on_one_gpu(request, size, case):
+    results = _results(request, size)
+    ours, theirs = results.outcome(case.name), results.outcome(ONE_IN_FP8.name)
+    assert ours.losses == pytest.approx(theirs.losses, rel=FP8_LOSS_TOLERANCE)
+    assert ours.mtp_losses == pytest.approx(theirs.mtp_losses, rel=FP8_LOSS_TOLERANCE)
+    in_bf16, on_one, here = (results.tensors(c.name, "gradients") for c in (ONE, ONE_IN_FP8, case))
+    cost, bound = _apart(here, in_bf16), FP8_RATIO * _apart(on_one, in_bf16)
+    assert cost < bound, f"{cost:.1e} of the gradients, on one GPU {bound / FP8_RATIO:.1e}"

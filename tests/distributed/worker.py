@@ -30,6 +30,7 @@ from megatron_dsv3.config.sections import (
     ExpertsSection,
     MemorySection,
     OptimizerSection,
+    PrecisionSection,
     ScheduleSection,
 )
 from megatron_dsv3.convert.bridge import Bridge
@@ -62,6 +63,7 @@ class Case:
     experts: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
     mtp: str = "train"
     lr: float = 1e-3
     packed: bool = False
@@ -141,6 +143,7 @@ def run(
         device=groups.device,
         experts=experts,
         memory=MemorySection(**case.memory),
+        precision=PrecisionSection(**case.precision),
     )
     chunks = build_chunks(
         arch,
