@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from megatron_dsv3.convert.direct_file import Part
@@ -57,7 +58,7 @@ class Files:
             Part(len(piece), xxhash.xxh3_128_hexdigest(piece))
             for piece in (content[:half], content[half:])
         ]
-        return Written(parts, {"number": number})
+        return Written(parts, {"number": number, "threads": torch.get_num_threads()})
 
     def _fail(self) -> None:
         if self.trouble == "full disk":

@@ -1,5 +1,6 @@
 """Shards of a Hugging Face directory against the tensors that they were written from."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,24 @@ def test_bf16_comes_out_bit_for_bit_with_mtps_copies(tmp_path):
     assert same(written, BF16)
     assert "model.layers.3.embed_tokens.weight" in written
     assert not any(tensor.error.relative for tensor in errors)
+
+
+def test_a_piece_is_read_while_the_one_before_is_at_work():
+    begun = [threading.Event() for _ in range(4)]
+
+    def read(number: int) -> int:
+        begun[number].set()
+        if number == 3:
+            raise ValueError("no piece 3")
+        return 10 * number
+
+    numbers = module._one_ahead(read, range(4))
+    for number in range(3):
+        assert next(numbers) == 10 * number
+        assert begun[number + 1].wait(timeout=60)
+        assert not any(event.is_set() for event in begun[number + 2 :]), "more are held than two"
+    with pytest.raises(ValueError, match="no piece 3"):
+        next(numbers)
 
 
 def test_untouched_weights_come_back_byte_for_byte_with_the_original_scales(tmp_path):

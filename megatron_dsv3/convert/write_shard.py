@@ -3,7 +3,9 @@
 What it costs in accuracy is measured on the way, while the numbers are in the processor's cache.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,10 +62,34 @@ def write_shard(
         on_bytes: Told the bytes of each piece that was written.
     """
     elements = min(_ELEMENTS, piece_bytes // 4)
+    pieces = [
+        (tensor, rows)
+        for tensor in shard.tensors
+        for rows in row_spans(tensor.info.shape, elements=elements, multiple=BLOCK)
+    ]
+    errors: dict[PlannedTensor, list[Error]] = defaultdict(list)
     with SafetensorsWriter(path, shard.layout) as writer:
         target = _Target(writer, original, on_bytes)
-        errors = [_write_tensor(tensor, source, target, elements) for tensor in shard.tensors]
-    return WrittenShard(writer.parts, errors)
+        numbers = _one_ahead(lambda piece: source.read(piece[0].original, piece[1]), pieces)
+        for (tensor, rows), read in zip(pieces, numbers, strict=True):
+            errors[tensor].append(_write_rows(tensor, rows, read, target))
+    totals = [TensorError(t.name, t.kind, Error.total(parts)) for t, parts in errors.items()]
+    return WrittenShard(writer.parts, totals)
+
+
+def _one_ahead[Piece, Result](
+    read: Callable[[Piece], Result], pieces: Iterable[Piece]
+) -> Iterator[Result]:
+    """`map` with the next piece being read, in a thread, while one is at work."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for piece in pieces:
+            upcoming = pool.submit(read, piece)
+            if pending is not None:
+                yield pending.result()
+            pending = upcoming
+        if pending is not None:
+            yield pending.result()
 
 
 def check_original(original: HFReader, shards: Sequence[ShardPlan]) -> None:
@@ -110,16 +136,6 @@ class _Target:
         """Writes the next rows."""
         self.writer.append(name, rows)
         self.on_bytes(rows.nbytes)
-
-
-def _write_tensor(
-    tensor: PlannedTensor, source: Source, target: _Target, elements: int
-) -> TensorError:
-    errors = [
-        _write_rows(tensor, rows, source.read(tensor.original, rows), target)
-        for rows in row_spans(tensor.info.shape, elements=elements, multiple=BLOCK)
-    ]
-    return TensorError(tensor.name, tensor.kind, Error.total(errors))
 
 
 def _write_rows(tensor: PlannedTensor, rows: slice, read: Tensor, target: _Target) -> Error:
