@@ -58,22 +58,22 @@ def test_bf16_comes_out_bit_for_bit_with_mtps_copies(tmp_path):
     assert not any(tensor.error.relative for tensor in errors)
 
 
-def test_a_piece_is_read_while_the_one_before_is_at_work():
-    begun = [threading.Event() for _ in range(4)]
+def test_pieces_are_worked_at_two_ahead_and_come_in_order():
+    begun = [threading.Event() for _ in range(6)]
 
-    def read(number: int) -> int:
+    def work(number: int) -> int:
         begun[number].set()
-        if number == 3:
-            raise ValueError("no piece 3")
-        return 10 * number
+        if number == 4:
+            raise ValueError("no piece 4")
+        # The second of a pair is done first.
+        return 10 * number if number % 2 or begun[number + 1].wait(timeout=60) else -1
 
-    numbers = module._one_ahead(read, range(4))
-    for number in range(3):
-        assert next(numbers) == 10 * number
-        assert begun[number + 1].wait(timeout=60)
-        assert not any(event.is_set() for event in begun[number + 2 :]), "more are held than two"
-    with pytest.raises(ValueError, match="no piece 3"):
-        next(numbers)
+    done = module._ahead(work, range(6))
+    for number in range(4):
+        assert next(done) == 10 * number
+        assert not any(event.is_set() for event in begun[number + 3 :]), "too many are held"
+    with pytest.raises(ValueError, match="no piece 4"):
+        next(done)
 
 
 def test_untouched_weights_come_back_byte_for_byte_with_the_original_scales(tmp_path):

@@ -107,8 +107,8 @@ def _serve(work: Work, connection: Connection, counter: Any) -> None:
     # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
-    # Workers are the parallelism that the user chose. torch would start a thread for each core in
-    # each of them, which wait for one another: 90 s instead of 15 with two workers on two cores.
+    # torch would start a thread for each core in every worker, which wait for one another at each
+    # operation: 90 s instead of 15 with two workers on two cores.
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -3,9 +3,9 @@
 What it costs in accuracy is measured on the way, while the numbers are in the processor's cache.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,9 @@ from megatron_dsv3.convert.sources import Source
 from megatron_dsv3.convert.tensors import row_spans
 
 _ELEMENTS = 1 << 21
-"""Of a tensor at a time: more gains nothing, and a process needs about 20 bytes for each."""
+"""Of a tensor at a time: more gains nothing, and a thread needs about 20 bytes for each."""
+_THREADS = 2
+"""That read and round pieces, beside the one that writes: reading and arithmetic then overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +71,28 @@ def write_shard(
     ]
     errors: dict[PlannedTensor, list[Error]] = defaultdict(list)
     with SafetensorsWriter(path, shard.layout) as writer:
-        target = _Target(writer, original, on_bytes)
-        numbers = _one_ahead(lambda piece: source.read(piece[0].original, piece[1]), pieces)
-        for (tensor, rows), read in zip(pieces, numbers, strict=True):
-            errors[tensor].append(_write_rows(tensor, rows, read, target))
+        done = _ahead(lambda piece: _store(*piece, source, original), pieces)
+        for (tensor, _), stored in zip(pieces, done, strict=True):
+            for name, numbers in stored.tensors.items():
+                writer.append(name, numbers)
+                on_bytes(numbers.nbytes)
+            errors[tensor].append(stored.error)
     totals = [TensorError(t.name, t.kind, Error.total(parts)) for t, parts in errors.items()]
     return WrittenShard(writer.parts, totals)
 
 
-def _one_ahead[Piece, Result](
-    read: Callable[[Piece], Result], pieces: Iterable[Piece]
+def _ahead[Piece, Result](
+    work: Callable[[Piece], Result], pieces: Iterable[Piece]
 ) -> Iterator[Result]:
-    """`map` with the next piece being read, in a thread, while one is at work."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
+    """`map` by `_THREADS` threads, which are never more than so many pieces ahead."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        pending: deque[Future[Result]] = deque()
         for piece in pieces:
-            upcoming = pool.submit(read, piece)
-            if pending is not None:
-                yield pending.result()
-            pending = upcoming
-        if pending is not None:
-            yield pending.result()
+            pending.append(pool.submit(work, piece))
+            if len(pending) > _THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def check_original(original: HFReader, shards: Sequence[ShardPlan]) -> None:
@@ -125,34 +128,30 @@ def _stored_as(original: HFReader, name: str, known: Container[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
-    """Where rows of a tensor go."""
+class _Stored:
+    """Some rows of a tensor as they go into the file, by name."""
 
-    writer: SafetensorsWriter
-    original: HFReader | None
-    on_bytes: Callable[[int], None]
-
-    def append(self, name: str, rows: Tensor) -> None:
-        """Writes the next rows."""
-        self.writer.append(name, rows)
-        self.on_bytes(rows.nbytes)
+    tensors: Mapping[str, Tensor]
+    error: Error
 
 
-def _write_rows(tensor: PlannedTensor, rows: slice, read: Tensor, target: _Target) -> Error:
-    """Writes some rows, whole blocks of them."""
+def _store(
+    tensor: PlannedTensor, rows: slice, source: Source, original: HFReader | None
+) -> _Stored:
+    """Reads and rounds some rows, whole blocks of them."""
+    read = source.read(tensor.original, rows)
     if not tensor.is_fp8:
         kept = read.to(tensor.info.dtype)
-        target.append(tensor.name, kept)
         is_exact = torch.promote_types(read.dtype, kept.dtype) == kept.dtype
-        return Error() if is_exact else _error(read, kept.float())
-    if target.original is None:
+        return _Stored({tensor.name: kept}, Error() if is_exact else _error(read, kept.float()))
+    if original is None:
         result = quantize_measured(read, name=tensor.name)
     else:
-        kept_from = target.original.read_fp8(tensor.name, rows)
+        kept_from = original.read_fp8(tensor.name, rows)
         result = requantize(read, kept_from, name=tensor.name)
-    target.append(tensor.name, result.weight)
-    target.append(tensor.name + SCALE_SUFFIX, result.scale_inv)
-    return Error(result.squares, result.norm, result.scale_inv.numel(), result.num_kept)
+    stored = {tensor.name: result.weight, tensor.name + SCALE_SUFFIX: result.scale_inv}
+    num_blocks = result.scale_inv.numel()
+    return _Stored(stored, Error(result.squares, result.norm, num_blocks, result.num_kept))
 
 
 def _error(read: Tensor, back: Tensor) -> Error:
