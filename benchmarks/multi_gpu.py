@@ -21,7 +21,7 @@ from peers import mcore_plain
 
 from megatron_dsv3.commands.bench import FP8, FULL, choose
 from megatron_dsv3.config.parallel import Parallel
-from megatron_dsv3.config.sections import OptimizerSection, PrecisionSection
+from megatron_dsv3.config.sections import ExpertsSection, OptimizerSection, PrecisionSection
 from megatron_dsv3.model import cpu
 from megatron_dsv3.model.groups import Groups, device_of, leave_layout, start, stop
 from megatron_dsv3.plan.cards import cluster_of
@@ -38,6 +38,7 @@ DEEP = slice_of_v3(num_layers=7, num_experts=64)
 BF16_MOMENTS = OptimizerSection(moments="bf16")
 OVERLAP = OptimizerSection(overlap_grad_reduce=True, overlap_param_gather=True)
 SHARED = {"moe_shared_expert_overlap": True}
+EXCHANGE = ExpertsSection(overlap_all_to_all=True)
 CARDS = {"H100": "h100-80gb", "H200": "h200-141gb"}
 SMALL: Mapping[str, Any] = {
     "hidden_size": 64, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 32, "num_heads": 8,
@@ -68,6 +69,8 @@ def cases(world_size: int) -> list[Case]:
         Case(name=f"EP{n} fp8", precision=FP8, **four),
         Case(name=f"EP{n} bf16, gradients and weights overlapped", optimizer=OVERLAP, **four),
         Case(name=f"EP{n} bf16, shared expert overlapped", options=SHARED, **four),
+        Case(name=f"EP{n} bf16, all-to-alls overlapped", experts=EXCHANGE, **four),
+        Case(name=f"EP{n} fp8, all-to-alls overlapped", experts=EXCHANGE, precision=FP8, **four),
         *(
             Case(name=f"TP{tp} EP{n} bf16", **{**four, "parallel": Parallel(tp_size=tp, ep_size=n)})
             for tp in sorted({2, n})
@@ -137,12 +140,15 @@ def main() -> None:
 
 
 def tiny(case: Case) -> Case:
-    """The same layout with small layers."""
+    """The same layout with small layers.
+
+    In fp32, which loses nothing, but for overlapped all-to-alls, for which Megatron-Core has none.
+    """
     return replace(
         case,
         arch=replace(case.arch, **SMALL),
         document_length=case.document_length // 64,
-        precision=PrecisionSection(compute="fp32"),
+        precision=PrecisionSection(compute="bf16" if case.experts.overlap_all_to_all else "fp32"),
         optimizer=case.optimizer.model_copy(update={"moments": "fp32"}),
         options={},
     )

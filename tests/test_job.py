@@ -139,6 +139,7 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path):
     assert missing == ["model.hf_dir", "data", "train.global_batch_size", "output.dir"]
 
 
+EXCHANGE = ("experts.overlap_all_to_all=true", "parallel.ep_size=2")
 VALUES = {
     "optimizer.lr=fast": "optimizer.lr: must be a valid number, got 'fast'",
     "optimizer.lr=0": "optimizer.lr: must be greater than 0, got 0",
@@ -213,6 +214,20 @@ PAIRS = {
         "precision.fp8_params=true",
     ): "precision.fp8_params and optimizer.offload_fraction exclude each other",
     ("memory.offload_activations=[attn_proj]",): "attn_proj needs core_attn",
+    ("experts.overlap_all_to_all=true", "parallel.ep_size=1"): (
+        "experts.overlap_all_to_all needs parallel.ep_size > 1: one rank with all experts sends "
+        "nothing; change that, or set it to false"
+    ),
+    (*EXCHANGE, "parallel.pp_size=2"): "needs parallel.vpp_size > 1 with pp_size(2);",
+    (*EXCHANGE, "experts.dispatcher=allgather"): "needs experts.dispatcher=alltoall;",
+    (*EXCHANGE, "precision.compute=fp32"): "overlap_all_to_all needs precision.compute=bf16;",
+    (*EXCHANGE, "memory.recompute=full"): "needs memory.recompute=selective or none;",
+    (
+        *EXCHANGE,
+        "memory.recompute=selective",
+        "memory.recompute_modules=[moe]",
+    ): "needs memory.recompute_modules without moe;",
+    (*EXCHANGE, "memory.offload_activations=[core_attn]"): "memory.offload_activations=[];",
     (
         "memory.offload_activations=[moe_act]",
         "memory.recompute=full",
@@ -354,6 +369,24 @@ def test_problems_with_model_and_world_come_together():
         "data.seq_length 49152 exceeds the model's max_position_embeddings"
     )
     assert len(problems) == len(set(problems)) == 5
+
+
+@pytest.mark.parametrize(
+    ("stages", "num_mtp_layers", "fits"),
+    [
+        ("E|t*2|t*2|t*2|t|t|-|mL", 1, True),
+        ("E|t*2|t*2|t*2|t|t|-|mmL", 2, False),
+        ("E|t*2|t*2|t*2|t|t|m|L", 1, False),
+    ],
+)
+def test_overlapped_all_to_alls_take_one_mtp_layer_beside_the_loss(stages, num_mtp_layers, fits):
+    arch = replace(DEEPSEEK_V3, num_layers=8, num_mtp_layers=num_mtp_layers)
+    parallel = {"pp_size": 4, "vpp_size": 2, "ep_size": 2, "stages": stages}
+    problems = job(parallel=parallel, experts={"overlap_all_to_all": True}).problems(arch, 8)
+    told = [p for p in problems if p.startswith("experts.overlap_all_to_all needs at most one MTP")]
+    assert problems == told
+    assert len(told) == (not fits)
+    assert job(parallel=parallel).problems(arch, 8) == []
 
 
 CPU_CANNOT = {

@@ -67,6 +67,7 @@ V3: Mapping[str, Any] = {
     "moe_router_dtype": "fp32",
     "moe_router_load_balancing_type": "none",
     "moe_token_dispatcher_type": "alltoall",
+    "overlap_moe_expert_parallel_comm": False,
     "moe_grouped_gemm": True,
     "moe_z_loss_coeff": None,
     "sequence_balance_coefficient": 0.0001,

@@ -12,6 +12,7 @@ from megatron_dsv3.plan.schedule import (
     Costs,
     Task,
     counts_at_peak,
+    in_flight_at_peak,
     order,
     peak_in_flight,
     simulate,
@@ -130,6 +131,42 @@ def test_megatrons_schedule_holds_as_many_micro_batches(
             pp_rank, pp_size=pp_size, vpp_size=vpp_size, num_micro_batches=num_micro_batches
         )
         assert peak_in_flight(tasks, [1.0] * vpp_size) == peak, f"stage {pp_rank}"
+
+
+@pytest.mark.parametrize(
+    ("pp_size", "vpp_size", "num_micro_batches"), [each for each in LAYOUTS if each[1] > 1]
+)
+def test_overlapping_all_to_alls_put_one_forward_more_before_the_first_backward(
+    pp_size, vpp_size, num_micro_batches
+):
+    for pp_rank in range(pp_size):
+        total, _, num_warmup, _ = schedules.get_pp_rank_microbatches(
+            num_micro_batches,
+            vpp_size,
+            pp_size,
+            overlap_moe_expert_parallel_comm=True,
+            p2p_communicator=Communicator(None, pp_rank, pp_size, vpp_size),
+        )
+        tasks = order(
+            pp_rank,
+            pp_size=pp_size,
+            vpp_size=vpp_size,
+            num_micro_batches=num_micro_batches,
+            num_ahead=1,
+        )
+        first = [task.is_forward for task in tasks].index(False)
+        # In the steady state a forward comes before each backward.
+        assert first == min(num_warmup + 1, total), f"stage {pp_rank}"
+        assert len(set(tasks)) == len(tasks) == 2 * total
+
+
+def test_one_stage_holds_two_micro_batches_where_all_to_alls_overlap():
+    """Megatron-Core's combined_1f1b_schedule_for_no_pipelining computes F0 F1+B0 F2+B1 ... ."""
+    sizes = {"pp_size": 1, "vpp_size": 1, "num_micro_batches": 4}
+    told = [(task.is_forward, task.micro_batch) for task in order(0, **sizes, num_ahead=1)]
+    assert told[:4] == [(True, 0), (True, 1), (False, 0), (True, 2)]
+    for num_ahead, held in ((0, 1), (1, 2)):
+        assert in_flight_at_peak(0, (1.0,), **sizes, num_ahead=num_ahead) == (held,)
 
 
 def test_stage_r_of_1f1b_holds_p_minus_r_micro_batches():

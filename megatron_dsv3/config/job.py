@@ -86,7 +86,7 @@ class Job(Section):
                 f"tp_size({parallel.tp_size}), cp_size({parallel.cp_size}) and "
                 f"fp8({self.precision.fp8}) ask; use {rounded}"
             )
-        problems += self._document_problems()
+        problems += self._document_problems() + self._overlap_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -106,6 +106,29 @@ class Job(Section):
                 f"data.document_multiple {multiple}; use a power of two for both"
             ]
         return []
+
+    def _overlap_problems(self) -> list[str]:
+        """What Megatron-Core's combined schedule asks, or was never tried with it here."""
+        if not self.experts.overlap_all_to_all:
+            return []
+        parallel, memory = self.parallel, self.memory
+        recomputed = memory.recompute_modules if memory.recompute == "selective" else ()
+        rules = {
+            "parallel.ep_size > 1: one rank with all experts sends nothing": parallel.ep_size == 1,
+            f"parallel.vpp_size > 1 with pp_size({parallel.pp_size})": (
+                parallel.pp_size > 1 and parallel.vpp_size == 1
+            ),
+            "experts.dispatcher=alltoall": self.experts.dispatcher != "alltoall",
+            "precision.compute=bf16": self.precision.compute != "bf16",
+            "memory.recompute=selective or none": memory.recompute == "full",
+            "memory.recompute_modules without moe": "moe" in recomputed,
+            "memory.offload_activations=[]": bool(memory.offload_activations),
+        }
+        return [
+            f"experts.overlap_all_to_all needs {need}; change that, or set it to false"
+            for need, broken in rules.items()
+            if broken
+        ]
 
     @property
     def document_multiple(self) -> int:
@@ -210,6 +233,11 @@ class Job(Section):
             return [
                 "parallel.stages puts MTP on another chunk than the loss, but with tied embeddings "
                 "both hold the embedding; put them together"
+            ]
+        if self.experts.overlap_all_to_all and (apart or arch.num_mtp_layers > 1):
+            return [
+                "experts.overlap_all_to_all needs at most one MTP layer, on the chunk of the loss; "
+                "change mtp.mode or parallel.stages, or set it to false"
             ]
         return []
 

@@ -330,6 +330,10 @@ class ExpertsSection(Section):
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts' ranks: alltoall sends each token where it goes; allgather
     sends all to all, which pays only for few ranks. Changes no numbers."""
+    overlap_all_to_all: bool = False
+    """Send the tokens of one micro-batch while another one is computed (Megatron-Core's combined
+    1F1B), in all layers but MTP's. Takes the activations of one more micro-batch; needs ep_size > 1
+    and, with pp_size > 1, vpp_size > 1. Changes no numbers."""
 
 
 class OutputSection(Section):

@@ -69,6 +69,7 @@ def mcore_config(
         "sequence_balance_coefficient": experts.aux_loss_coefficient,
         "moe_z_loss_coeff": experts.z_loss_coefficient or None,
         "moe_token_dispatcher_type": experts.dispatcher,
+        "overlap_moe_expert_parallel_comm": experts.overlap_all_to_all,
         **(options or {}),
     }
     return DeepseekV3Config(**values)

@@ -3,8 +3,21 @@
 from typing import Any
 
 import torch
+from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from torch import Tensor
+
+
+class SchedulePlan(TransformerModelChunkSchedulePlan):
+    """Megatron-Core's plan of a chunk, in which MTP's layers are part of what follows the decoder.
+
+    Its own plan of an MTP layer takes no packed rows.
+    """
+
+    def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
+        if not isinstance(module, MultiTokenPredictionBlock):
+            super()._build_layer_schedule_plan(module, *streams)
 
 
 class DeepseekV3Model(GPTModel):
@@ -14,6 +27,25 @@ class DeepseekV3Model(GPTModel):
     depend on the layout. Here labels of all depths come in ready, and the caller weighs the losses.
     """
 
+    def build_schedule_plan(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        labels: Tensor,
+        packed_seq_params: Any,
+    ) -> SchedulePlan:
+        """`forward` in parts that run beside those of another micro-batch's backward."""
+        return SchedulePlan(
+            self,
+            input_ids,
+            position_ids,
+            attention_mask,
+            labels=labels,
+            packed_seq_params=packed_seq_params,
+        )
+
     def _postprocess(
         self,
         hidden_states: Tensor,
@@ -21,7 +53,6 @@ class DeepseekV3Model(GPTModel):
         position_ids: Tensor,
         labels: Tensor | None,
         *,
-        mtp_in_postprocess: bool | None = None,
         attention_mask: Tensor | None = None,
         packed_seq_params: Any = None,
         **_: object,
@@ -33,7 +64,6 @@ class DeepseekV3Model(GPTModel):
             input_ids: [batch, seq].
             position_ids: [batch, seq].
             labels: [1 + num_mtp, batch, seq]: depth k predicts the token k + 1 ahead; None: logits.
-            mtp_in_postprocess: Whether this stage holds the MTP layers.
             attention_mask: Causal masks need none.
             packed_seq_params: Bounds of packed documents.
 
@@ -41,7 +71,7 @@ class DeepseekV3Model(GPTModel):
             Losses [1 + num_mtp, batch, seq], or without labels the logits [1 + num_mtp, batch, seq,
             vocab / tp]; a stage without the output layer returns its hidden states.
         """
-        if mtp_in_postprocess:
+        if self.mtp_process:
             hidden_states = self.mtp(
                 input_ids=input_ids,
                 position_ids=position_ids,

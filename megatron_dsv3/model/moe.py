@@ -42,6 +42,8 @@ class DeepseekV3MoELayer(MoELayer):
     """
 
     token_dispatcher: MoETokenDispatcher
+    membership: Tensor | None = None
+    """Of the row at work, in a schedule plan alone: it calls `route` without a `padding_mask`."""
     _shared_output: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,6 +66,16 @@ class DeepseekV3MoELayer(MoELayer):
                 config=self.config,
                 pg_collection=kwargs.get("pg_collection"),
             )
+
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weights and choice of the experts."""
+        membership, self.membership = self.membership, None
+        chosen: tuple[Tensor, Tensor] = super().route(
+            hidden_states, membership if padding_mask is None else padding_mask
+        )
+        return chosen
 
     def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
         """The shared expert's output; None: `preprocess` will compute it."""

@@ -44,13 +44,27 @@ class DeepseekV3Layer(TransformerLayer):
         Megatron's own `padding_mask` is one bool a token, is cut for sequence parallelism on the
         first stage only, and fails beside the expert bias.
         """
-        if isinstance(packed_seq_params, PackedRow) and packed_seq_params.documents is not None:
-            kwargs["padding_mask"] = self._membership(packed_seq_params)
+        membership = self._membership(packed_seq_params)
+        if membership is not None:
+            kwargs["padding_mask"] = membership
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
-    def _membership(self, row: PackedRow) -> Tensor:
-        """[1, local tokens, documents], bool; a padding token belongs to none."""
-        assert row.documents is not None
+    def _forward_attention(
+        self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
+    ) -> Any:
+        """As TransformerLayer; a schedule plan calls this and then `mlp.route`, not `forward`."""
+        if self.config.overlap_moe_expert_parallel_comm and self.is_moe_layer:
+            self.mlp.membership = self._membership(packed_seq_params)
+        return super()._forward_attention(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+    def _membership(self, row: PackedSeqParams | None) -> Tensor | None:
+        """[1, local tokens, documents], bool; a padding token belongs to none. None: no documents.
+
+        Args:
+            row: What travels through the layers.
+        """
+        if not isinstance(row, PackedRow) or row.documents is None:
+            return None
         documents = row.documents[self.layer_number if self.is_mtp_layer else 0]
         if self.config.sequence_parallel:
             group = self.pg_collection.tp

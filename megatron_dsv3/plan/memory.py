@@ -4,11 +4,9 @@
 the search. Both put chunks and micro-batches together here.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_dsv3.config.parallel import Parallel
 from megatron_dsv3.config.placement import Stage, place
 from megatron_dsv3.plan.activations import HELD, Counted, count
 from megatron_dsv3.plan.build import built
@@ -20,7 +18,7 @@ from megatron_dsv3.plan.records import (
     Workload,
     allocated,
 )
-from megatron_dsv3.plan.schedule import counts_at_peak, order
+from megatron_dsv3.plan.schedule import in_flight_at_peak
 from megatron_dsv3.plan.states import BuildOptimizer, count_states
 
 CONTEXT = int(0.8 * GIB)
@@ -99,7 +97,14 @@ def over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counted
     weights = [float(sum(chunk.held.values())) for chunk in chunks]
     # Rounded, so that the search asks for the same schedule again and again.
     relative = tuple(round(weight / (max(weights) or 1.0), 2) for weight in weights)
-    in_flight = _in_flight(pp_rank, workload.parallel, workload.num_micro_batches, relative)
+    in_flight = in_flight_at_peak(
+        pp_rank,
+        relative,
+        pp_size=workload.parallel.pp_size,
+        vpp_size=workload.parallel.vpp_size,
+        num_micro_batches=workload.num_micro_batches,
+        num_ahead=workload.num_ahead,
+    )
     there = [chunk for chunk, number in zip(chunks, in_flight, strict=True) if number]
     highest = max(there, key=lambda chunk: sum(chunk.peak.values()) - sum(chunk.held.values()))
     sizes = {
@@ -115,20 +120,6 @@ def over_the_schedule(workload: Workload, pp_rank: int, chunks: Sequence[Counted
         in_flight=sum(in_flight) / len(in_flight),
         host=sum(n * chunk.host for n, chunk in zip(in_flight, chunks, strict=True)),
     )
-
-
-@functools.cache
-def _in_flight(
-    pp_rank: int, parallel: Parallel, num_micro_batches: int, weights: tuple[float, ...]
-) -> tuple[int, ...]:
-    """Micro-batches of each chunk at once, when they weigh most."""
-    pp_size, vpp_size = parallel.pp_size, parallel.vpp_size
-    if vpp_size == 1:
-        return (min(pp_size - pp_rank, num_micro_batches),)
-    # More than a warm-up's worth of micro-batches changes nothing.
-    most = min(num_micro_batches, (vpp_size + 2) * pp_size)
-    tasks = order(pp_rank, pp_size=pp_size, vpp_size=vpp_size, num_micro_batches=most)
-    return counts_at_peak(tasks, weights)
 
 
 def buffers(workload: Workload) -> int:

@@ -85,6 +85,11 @@ class Workload:
         )
 
     @property
+    def num_ahead(self) -> int:
+        """Micro-batches in flight beyond those of the pipeline's schedule."""
+        return int(self.experts.overlap_all_to_all)
+
+    @property
     def tokens_per_rank(self) -> int:
         """Tokens of a micro-batch between tensor-parallel layers, on one context-parallel rank."""
         return self.seq_length * self.micro_batch_size // self.parallel.cp_size

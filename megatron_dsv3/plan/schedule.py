@@ -4,6 +4,7 @@ Orders are those of Megatron-Core: 1F1B with one chunk a stage, interleaved with
 holds them to what its schedule functions do.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,12 +62,23 @@ class Timeline:
         return self.seconds - max(self.busy)
 
 
-def order(pp_rank: int, *, pp_size: int, vpp_size: int, num_micro_batches: int) -> list[Task]:
-    """What one stage computes, in its order."""
+def order(
+    pp_rank: int, *, pp_size: int, vpp_size: int, num_micro_batches: int, num_ahead: int = 0
+) -> list[Task]:
+    """What one stage computes, in its order.
+
+    Args:
+        pp_rank: The stage.
+        pp_size: Stages.
+        vpp_size: Chunks of a stage.
+        num_micro_batches: Of a step.
+        num_ahead: Forward passes more before the first backward; 1 where all-to-alls overlap, for
+            each is computed beside another one's backward.
+    """
     forwards = _forwards(pp_size, vpp_size, num_micro_batches)
     # Backward meets the chunks from the last to the first.
     backwards = [Task(False, vpp_size - 1 - task.chunk, task.micro_batch) for task in forwards]
-    num_warmup = min(_num_warmup(pp_rank, pp_size, vpp_size), len(forwards))
+    num_warmup = min(_num_warmup(pp_rank, pp_size, vpp_size) + num_ahead, len(forwards))
     tasks = forwards[:num_warmup]
     for forward, backward in zip(forwards[num_warmup:], backwards, strict=False):
         tasks += [forward, backward]
@@ -97,6 +109,36 @@ def counts_at_peak(tasks: Sequence[Task], weights: Sequence[float]) -> tuple[int
         if held > peak:
             best, peak = tuple(counts), held
     return best
+
+
+@functools.cache
+def in_flight_at_peak(
+    pp_rank: int,
+    weights: tuple[float, ...],
+    *,
+    pp_size: int,
+    vpp_size: int,
+    num_micro_batches: int,
+    num_ahead: int,
+) -> tuple[int, ...]:
+    """Micro-batches of each chunk of a stage at once, when they weigh most.
+
+    Args:
+        pp_rank: The stage.
+        weights: What one micro-batch holds in each chunk; round them, to be asked the same again.
+        pp_size: Stages.
+        vpp_size: Chunks of a stage.
+        num_micro_batches: Of a step.
+        num_ahead: As in `order`.
+    """
+    if vpp_size == 1:
+        return (min(pp_size - pp_rank + num_ahead, num_micro_batches),)
+    # More than a warm-up's worth of micro-batches changes nothing.
+    most = min(num_micro_batches, (vpp_size + 2) * pp_size)
+    tasks = order(
+        pp_rank, pp_size=pp_size, vpp_size=vpp_size, num_micro_batches=most, num_ahead=num_ahead
+    )
+    return counts_at_peak(tasks, weights)
 
 
 def simulate(

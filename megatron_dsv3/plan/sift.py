@@ -13,7 +13,7 @@ from megatron_dsv3.config.architecture import Architecture
 from megatron_dsv3.config.placement import Stage, place
 from megatron_dsv3.config.sections import MemorySection
 from megatron_dsv3.plan.records import GIB, Activations, States, Workload
-from megatron_dsv3.plan.schedule import counts_at_peak, order
+from megatron_dsv3.plan.schedule import in_flight_at_peak
 from megatron_dsv3.plan.speed import stage_parameters
 from megatron_dsv3.plan.states import FP8_COPIES, optimizer_bytes, update_bytes
 
@@ -53,26 +53,21 @@ def stage_activations(workload: Workload) -> list[Activations]:
     for stage in place(workload.arch, parallel):
         mine[stage.pp_rank].append(stage)
     layer = _layer(workload, moe=True)
-    # More than a warm-up's worth of micro-batches changes nothing.
-    most = min(workload.num_micro_batches, (parallel.vpp_size + 2) * parallel.pp_size)
     found = []
     for pp_rank, stages in enumerate(mine):
         chunks = [_held(workload, stage) for stage in stages]
         weights = [saved + experts for saved, experts in chunks]
         relative = tuple(round(weight / max(weights), 2) for weight in weights)
-        counts = _counts(pp_rank, parallel.pp_size, parallel.vpp_size, most, relative)
+        counts = in_flight_at_peak(
+            pp_rank,
+            relative,
+            pp_size=parallel.pp_size,
+            vpp_size=parallel.vpp_size,
+            num_micro_batches=workload.num_micro_batches,
+            num_ahead=workload.num_ahead,
+        )
         found.append(_activations(workload, stages, chunks, counts, layer))
     return found
-
-
-@functools.cache
-def _counts(
-    pp_rank: int, pp_size: int, vpp_size: int, num_micro_batches: int, weights: tuple[float, ...]
-) -> tuple[int, ...]:
-    if vpp_size == 1:
-        return (min(pp_size - pp_rank, num_micro_batches),)
-    tasks = order(pp_rank, pp_size=pp_size, vpp_size=vpp_size, num_micro_batches=num_micro_batches)
-    return counts_at_peak(tasks, weights)
 
 
 def _states(workload: Workload, common: float, experts: float) -> States:

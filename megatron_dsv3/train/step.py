@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -308,11 +308,12 @@ def loss_weights(counted: Tensor, mtp_loss_weight: float) -> Tensor:
 
 
 def _forward(
-    rows: Iterator[Row], model: nn.Module, *, weights: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Megatron-Core's forward step: output, and the function that makes the loss of it."""
+    rows: Iterator[Row], model: nn.Module, return_schedule_plan: bool = False, *, weights: Tensor
+) -> tuple[Any, Callable[[Tensor], Any]]:
+    """Megatron-Core's forward step: output, or the plan of it; the function that makes the loss."""
     row = next(rows)
-    output = model(
+    run = cast(Any, model).build_schedule_plan if return_schedule_plan else model
+    output = run(
         row.tokens,
         row.position_ids,
         None,

@@ -24,6 +24,7 @@ ONE = Case("one process")
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 ALLGATHER = {"dispatcher": "allgather"}
+EXCHANGE = {"overlap_all_to_all": True}
 
 
 def case(name: str, *, micro_batch_size: int = 1, **changes: Any) -> Case:

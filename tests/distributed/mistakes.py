@@ -12,6 +12,7 @@ import torch
 
 from megatron_dsv3.convert.bridge import Bridge
 from megatron_dsv3.model import torch_modules
+from megatron_dsv3.model.moe import DeepseekV3MoELayer
 from megatron_dsv3.model.router import DeepseekV3Router
 from megatron_dsv3.train import step
 
@@ -99,6 +100,17 @@ def bias_in_bf16(patch: Patch) -> None:
     patch.setattr(DeepseekV3Router, "_choose", choose)
 
 
+def plan_without_documents(patch: Patch) -> None:
+    """The router of a schedule plan is not told which tokens are padding."""
+    original = DeepseekV3MoELayer.route
+
+    def route(self: Any, hidden_states: Any, padding_mask: Any = None) -> Any:
+        self.membership = None
+        return original(self, hidden_states, padding_mask)
+
+    patch.setattr(DeepseekV3MoELayer, "route", route)
+
+
 MISTAKES: dict[str, Callable[[Patch], None]] = {
     "an unreduced gradient under TP": unreduced_norm_gradient,
     "labels shifted across documents": labels_across_documents,
@@ -106,4 +118,5 @@ MISTAKES: dict[str, Callable[[Patch], None]] = {
     "the loss averaged per rank": loss_averaged_per_rank,
     "a layer placed twice": layer_placed_twice,
     "a bf16 bias": bias_in_bf16,
+    "a schedule plan that forgets documents": plan_without_documents,
 }

@@ -8,7 +8,7 @@ there are too few GPUs are skipped.
 import pytest
 import torch
 from distributed.launch import Results, launch
-from distributed.layouts import FULL, OVERLAP, SELECTIVE, case, is_bias, worst
+from distributed.layouts import EXCHANGE, FULL, OVERLAP, SELECTIVE, case, is_bias, worst
 from distributed.worker import Case
 from hf_reference import REAL_HEADS, build
 from torch import Tensor
@@ -40,6 +40,7 @@ LAYOUTS: dict[int, list[Case]] = {
     2: [
         _bf16("TP2"),
         _bf16("EP2"),
+        _bf16("EP2 all-to-alls overlapped", experts=EXCHANGE),
         _bf16("ETP2"),
         _bf16("DP2 overlapped", optimizer=OVERLAP),
         _bf16("PP2"),
@@ -58,6 +59,7 @@ LAYOUTS: dict[int, list[Case]] = {
     8: [
         _bf16("TP8"),
         _bf16("EP8"),
+        _bf16("PP2 VPP2 EP4 overlapped", experts=EXCHANGE, parallel={"stages": "Et*2|t*2|t|tmL"}),
         _bf16("TP8 EP8 packed", micro_batch_size=4),
         _bf16("CP8"),
         _bf16("PP4 VPP2 EP2", parallel={"stages": "Et|t|t|t|t|t|m|L"}),
@@ -66,7 +68,8 @@ LAYOUTS: dict[int, list[Case]] = {
     ],
 }
 IN_FP8: dict[int, list[Case]] = {
-    2: [_bf16(f"{layout} FP8", precision=FP8) for layout in ("TP2", "EP2", "PP2", "CP2")],
+    2: [_bf16(f"{layout} FP8", precision=FP8) for layout in ("TP2", "EP2", "PP2", "CP2")]
+    + [_bf16("EP2 overlapped FP8", precision=FP8, experts=EXCHANGE)],
     8: [_bf16("TP2 PP2 CP2 EP4 FP8", precision=FP8), _bf16("TP8 EP8 FP8", precision=FP8)],
 }
 EACH = [(size, case) for size, cases in LAYOUTS.items() for case in cases]

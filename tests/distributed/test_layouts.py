@@ -5,6 +5,7 @@ import torch
 from distributed.launch import Results, launch, launch_selected
 from distributed.layouts import (
     ALLGATHER,
+    EXCHANGE,
     FULL,
     ONE,
     OVERLAP,
@@ -46,6 +47,8 @@ LAYOUTS: dict[int, list[Case]] = {
         case("TP2 selective recompute", memory=SELECTIVE),
         case("EP2"),
         case("EP2 allgather", experts=ALLGATHER),
+        case("EP2 all-to-alls overlapped", experts=EXCHANGE),
+        case("EP2 one micro-batch, overlapped", experts=EXCHANGE, micro_batch_size=4),
         case("ETP2 allgather", experts=ALLGATHER),
         case("PP2"),
         case("PP2 VPP2"),
@@ -64,6 +67,7 @@ LAYOUTS: dict[int, list[Case]] = {
         case("CP2 PP2 packed", micro_batch_size=2),
         case("TP2 CP2 EP4"),
         case("CP2 PP2 VPP2 full recompute", memory=FULL),
+        case("PP2 VPP2 EP2 overlapped", experts=EXCHANGE, optimizer=OVERLAP),
         case("PP4 MTP apart from the loss", parallel={"stages": "Et*4|t*4|m|L"}),
         case("PP4 uneven, one empty", parallel={"stages": "Et*5|t*3|-|mL"}),
     ],
@@ -72,6 +76,7 @@ LAYOUTS: dict[int, list[Case]] = {
         case("PP4 VPP2 uneven", parallel={"stages": "E|t*2|t|t|t|t|t|tmL"}),
         case("TP2 PP2 CP2 EP4 packed", micro_batch_size=2),
         case("TP2 PP2 CP2 EP4 several lengths a row", packed=True),
+        case("TP2 CP2 EP4 several lengths a row, overlapped", packed=True, experts=EXCHANGE),
     ],
 }
 WITH_LOSSES: dict[int, list[Case]] = {
@@ -82,7 +87,15 @@ WITH_LOSSES: dict[int, list[Case]] = {
         case("PP2 full recompute, balance and z loss", memory=FULL, **LOSSES),
         case("CP2 several lengths a row, balance and z loss", packed=True, **LOSSES),
     ],
-    4: [case("TP2 CP2 EP4 packed, balance and z loss", micro_batch_size=4, **LOSSES)],
+    4: [
+        case("TP2 CP2 EP4 packed, balance and z loss", micro_batch_size=4, **LOSSES),
+        case(
+            "TP2 EP2 selective recompute, overlapped, balance and z loss",
+            memory=SELECTIVE,
+            balance=LOSSES["balance"],
+            experts=LOSSES["experts"] | EXCHANGE,
+        ),
+    ],
 }
 WITH_MOVING_BIASES: dict[int, list[Case]] = {
     4: [
@@ -103,6 +116,11 @@ WRONG: dict[int, list[Case]] = {
         case("DP2 wrong", mistake="the loss averaged per rank"),
         case("PP2 wrong", mistake="a layer placed twice"),
         case("EP2 wrong", mistake="a bf16 bias"),
+        case(
+            "EP2 overlapped wrong",
+            experts=EXCHANGE,
+            mistake="a schedule plan that forgets documents",
+        ),
     ]
 }
 REFERENCES = (ONE, BALANCED, MOVING, BF16)

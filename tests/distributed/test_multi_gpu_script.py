@@ -16,7 +16,12 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["EP2 bf16, shared expert overlapped", "TP2 EP2 bf16", "CP2 EP2 bf16 32k"]
+NAMES = [
+    "EP2 bf16, shared expert overlapped",
+    "EP2 bf16, all-to-alls overlapped",
+    "TP2 EP2 bf16",
+    "CP2 EP2 bf16 32k",
+]
 
 
 def _run(command: list[str]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distributed.launch import Results, launch_selected
-from distributed.layouts import ALLGATHER, FULL, ONE, OVERLAP, SELECTIVE, case, check
+from distributed.layouts import ALLGATHER, EXCHANGE, FULL, ONE, OVERLAP, SELECTIVE, case, check
 from distributed.worker import Case
 from hf_reference import build, read
 
@@ -32,6 +32,9 @@ LAYOUTS: dict[int, list[Case]] = {
         case("PP2 VPP2 overlapped", optimizer=OVERLAP),
         case("TP2 overlapped, two optimizer instances", optimizer=OVERLAP, parallel=TWO_INSTANCES),
         case("EP2 two optimizer instances", parallel=TWO_INSTANCES),
+        case("TP2 EP4 overlapped", experts=EXCHANGE),
+        case("CP2 EP4 overlapped, packed", experts=EXCHANGE, micro_batch_size=2),
+        case("PP2 VPP4 EP2 overlapped", experts=EXCHANGE),
         case("CP2 EP2 overlapped, two instances", optimizer=OVERLAP, parallel=TWO_INSTANCES),
         case("PP4 VPP2"),
         case("PP2 VPP2, MTP apart from the loss", parallel={"stages": "Et*2|t*3|t*3|mL"}),
@@ -43,6 +46,7 @@ LAYOUTS: dict[int, list[Case]] = {
         case("TP2 CP2 PP2 VPP2 EP2, full recompute", memory=FULL),
         case("EP4 ETP2 allgather", experts=ALLGATHER),
         case("TP4 EP8"),
+        case("TP2 CP2 PP2 VPP2 EP4 overlapped", experts=EXCHANGE),
         case("TP4 CP2 EP8 packed", micro_batch_size=8),
         case("CP4 PP2 packed, full recompute", micro_batch_size=2, memory=FULL),
         case("PP8"),
