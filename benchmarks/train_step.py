@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names, `*` for any part of one")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", nargs="*", default=[], help="cases taken apart by kernel")
+    parser.add_argument("--limit-gib", type=float, default=None, help="as on a smaller card")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--picture", type=Path, default=None)
     request = bench.Request(**vars(parser.parse_args()))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from rich.console import Console
 from test_bench import CASE
 
 from megatron_dsv3.commands import bench as command
-from megatron_dsv3.commands.bench import CASES, Request, Results, case_runs, choose, draw, measure
+from megatron_dsv3.commands.bench import (
+    CASES,
+    Request,
+    Results,
+    case_runs,
+    choose,
+    draw,
+    limit_memory,
+    measure,
+)
 
 
 def _fails(_groups, _steps):
@@ -46,6 +56,19 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no GPU is visible"):
         command.run(Request(json=tmp_path / "new" / "file.json"), Console())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_large_card_can_be_made_a_small_one(monkeypatch):
+    gpu, given = torch.device("cuda", 0), []
+    card = SimpleNamespace(total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *arguments: given.append(arguments)
+    )
+    limit_memory(79.6, gpu)
+    assert given == [(pytest.approx(79.6 / 140), gpu)]
+    with pytest.raises(ValueError, match=r"--limit-gib 141 exceeds the 140.0 GiB of this GPU"):
+        limit_memory(141, gpu)
 
 
 @pytest.mark.parametrize("profiles", [{}, {"tiny": {"attention": 2.0, "norms": 1.0}}], ids=str)

@@ -27,6 +27,7 @@ from megatron_dsv3.train import bench
 from megatron_dsv3.train.bench import Case, Measured, slice_of_v3
 from megatron_dsv3.train.kernel_kinds import profile_step
 
+GIB = 2**30
 FP8 = PrecisionSection(fp8="blockwise")
 TENSORWISE = PrecisionSection(fp8="tensorwise")
 FP8_PARAMS = PrecisionSection(fp8="blockwise", fp8_params=True)
@@ -43,6 +44,8 @@ FUSED_LOSS = KernelsSection(fused_loss=True)
 ROUTER_IN_TORCH = KernelsSection(fused_router=False)
 FULL_VOCABULARY = slice_of_v3(vocab_size=129280)
 BF16_STATES = OptimizerSection(moments="bf16", gradients="bf16")
+OFFLOADED = OptimizerSection(offload_fraction=1.0, gradients="bf16")
+"""16 bytes a parameter of host memory, where the moments are fp32."""
 FASTEST_FP8: Mapping[str, Any] = {
     "precision": FP8,
     "kernels": FUSED_LOSS,
@@ -72,6 +75,8 @@ CASES = [
     Case(name="bf16 4x4k", num_micro_batches=4),
     Case(name="bf16 4x4k plain kernels", num_micro_batches=4, kernels=PLAIN),
     Case(name="bf16 4x4k packed attention", num_micro_batches=4, kernels=PACKED),
+    Case(name="bf16 8x4k", num_micro_batches=8),
+    Case(name="bf16 2x8k", num_micro_batches=2, document_length=8192),
     Case(name="bf16 4x4k fused loss", num_micro_batches=4, kernels=FUSED_LOSS),
     Case(name="fp8 1x4k", precision=FP8),
     Case(name="fp8 4x4k", precision=FP8, num_micro_batches=4),
@@ -115,6 +120,10 @@ CASES = [
         )
         for num_layers, billions in ((18, 6.3), (20, 7.0), (22, 7.6))
     ),
+    Case(
+        name="whole model of 7.6 B, states on the host", arch=_whole(22), num_micro_batches=4,
+        memory=FULL, optimizer=OFFLOADED, kernels=FUSED_LOSS,
+    ),
 ]  # fmt: skip
 
 Runs = Mapping[str, Callable[[Groups, int], Measured]]
@@ -131,6 +140,8 @@ class Request:
     """Measured after the warm-up."""
     profile: Sequence[str] = ()
     """Names of cases of which one step is taken apart by kind of kernel."""
+    limit_gib: float | None = None
+    """Memory of the GPU that may be allocated, to see what fits a smaller card; None: all."""
     json: Path | None = None
     picture: Path | None = None
 
@@ -171,6 +182,8 @@ def run(request: Request, console: Console, *, peers: Runs | None = None) -> Res
         path.parent.mkdir(parents=True, exist_ok=True)
     groups = start(Parallel(), device_of("cuda"))
     try:
+        if request.limit_gib is not None:
+            limit_memory(request.limit_gib, groups.device)
         results = measure(
             {name: runs[name] for name in chosen},
             profiled if request.profile else {},
@@ -186,6 +199,20 @@ def run(request: Request, console: Console, *, peers: Runs | None = None) -> Res
     if request.picture:
         draw(results, request.picture)
     return results
+
+
+def limit_memory(limit_gib: float, device: torch.device) -> None:
+    """Lets this process allocate no more than that; what does not fit fails as on such a card.
+
+    Raises:
+        ValueError: The card has less.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    if limit_gib * GIB > total:
+        raise ValueError(
+            f"--limit-gib {limit_gib:g} exceeds the {total / GIB:.1f} GiB of this GPU; leave it out"
+        )
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total, device)
 
 
 def case_runs(cases: Sequence[Case]) -> Runs:

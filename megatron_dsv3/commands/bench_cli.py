@@ -17,6 +17,10 @@ def bench(
         list[str] | None,
         typer.Option(help="A case taken apart by kind of kernel; may be repeated."),
     ] = None,
+    limit_gib: Annotated[
+        float | None,
+        typer.Option(help="Memory that may be taken, to see what fits a smaller card.", min=1),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="File for all figures.")] = None,
     picture: Annotated[Path | None, typer.Option(help="File for a picture of them.")] = None,
 ) -> None:
@@ -25,6 +29,11 @@ def bench(
     from megatron_dsv3.commands import bench as command
 
     request = command.Request(
-        only=only or (), steps=steps, profile=profile or (), json=json, picture=picture
+        only=only or (),
+        steps=steps,
+        profile=profile or (),
+        limit_gib=limit_gib,
+        json=json,
+        picture=picture,
     )
     command.run(request, Console())

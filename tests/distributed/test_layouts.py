@@ -49,6 +49,11 @@ LAYOUTS: dict[int, list[Case]] = {
         case("EP2 allgather", experts=ALLGATHER),
         case("EP2 all-to-alls overlapped", experts=EXCHANGE),
         case("EP2 one micro-batch, overlapped", experts=EXCHANGE, micro_batch_size=4),
+        case(
+            "EP2 every module but moe computed again, overlapped",
+            experts=EXCHANGE,
+            memory=SELECTIVE | {"recompute_modules": tuple(m for m in ALL_MODULES if m != "moe")},
+        ),
         case("ETP2 allgather", experts=ALLGATHER),
         case("PP2"),
         case("PP2 VPP2"),
