@@ -198,6 +198,14 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, arguments, message):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_target_that_is_taken_is_refused_before_the_source_is_read(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    done = convert("--to", "megatron", "--from", tmp_path / "none", "--out", tmp_path / "taken")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'taken'}: exists and is not an empty dir")
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("8GB", 8 * 10**9), ("500MiB", 500 * 2**20), ("12", 12), (" 1.5 tb ", 15 * 10**11)],

@@ -71,15 +71,11 @@ class Journal:
                 conversion's.
         """
         self.out = Path(os.path.realpath(out))
-        self.staging = self.out.with_name(self.out.name + ".tmp")
+        self.staging = _staging(self.out)
         self._folder = self.staging / _JOURNAL
         self._options = json.loads(json.dumps(options))
         self._reopen()
-        if self._folder.is_dir():
-            if self.out.exists():
-                check_target_absent(self.out)
-        else:
-            check_target(out)
+        check_place(out)
         with explained(self.staging):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._claim()
@@ -178,10 +174,22 @@ class Journal:
             shutil.rmtree(self.out / _JOURNAL)
 
 
-def check_target_absent(out: Path) -> None:
-    """Raises ValueError unless nothing is at the target or an empty directory is."""
-    if not out.is_dir() or any(out.iterdir()):
-        raise ValueError(f"{out}: exists and is not an empty directory; choose another one")
+def check_place(out: Path) -> None:
+    """Whether a conversion can begin or go on there; ask before minutes of reading its source.
+
+    Raises:
+        ValueError: Something else is there.
+    """
+    target = Path(os.path.realpath(out))
+    if (_staging(target) / _JOURNAL).is_dir():
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"{target}: exists and is not an empty directory; choose another one")
+    elif not (target / _JOURNAL).is_dir():  # else killed at its very end
+        check_target(target)
+
+
+def _staging(target: Path) -> Path:
+    return target.with_name(target.name + ".tmp")
 
 
 def read_parts(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatron_dsv3.cli import user_errors
 from megatron_dsv3.commands import convert
+from megatron_dsv3.convert.journal import check_place
 from megatron_dsv3.convert.memory import PeakMeter
 
 
@@ -28,6 +29,7 @@ def main() -> None:
             num_nodes=arguments.num_nodes,
             finalize=arguments.finalize,
         )
+        check_place(arguments.out)
         convert.run(_direction(arguments), arguments.out, resources, Console(), memory)
 
 
