@@ -117,6 +117,42 @@ def test_a_node_without_room_for_what_is_offloaded_is_told(six_layers):
     assert plan.host_gib > 100
 
 
+WHOLE_LAYERS = {"recompute": "selective", "recompute_modules": ["moe"]}
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({}, "; experts.overlap_all_to_all may hide them\n"),
+        (
+            {"memory": WHOLE_LAYERS, "train": {"global_batch_size": 64}},
+            "; experts.overlap_all_to_all may hide them (needs memory.recompute_modules without "
+            "moe, another micro-batch to compute meanwhile)\n",
+        ),
+        (
+            {"experts": {"overlap_all_to_all": True}},
+            ", as if nothing hid them: what their overlap gains was not measured\n",
+        ),
+    ],
+)
+def test_all_to_alls_that_take_much_of_a_step_are_pointed_out(six_layers, sections, said):
+    shown = Console(record=True, width=300)
+    apart = {
+        "parallel": {"ep_size": 64},
+        "memory": {"recompute": "none"},
+        "train": {"global_batch_size": 128},
+    }
+    plan = plan_show.show(question(six_layers, **(apart | sections)), shown)
+    assert plan.step.ep > 0.2 * plan.step.total
+    share = f"all-to-alls take {plan.step.ep / plan.step.total:.0%} of the step"
+    assert share + said in shown.export_text()
+    shown = Console(record=True, width=300)
+    near = question(six_layers, world_size=8, parallel={"ep_size": 8})
+    plan = plan_show.show(near, shown)
+    assert plan.step.ep < 0.2 * plan.step.total
+    assert "overlap_all_to_all" not in shown.export_text()
+
+
 def test_two_jobs_are_compared_with_the_settings_that_differ(six_layers):
     shown = console()
     other = question(six_layers, optimizer={"moments": "bf16"})

@@ -41,6 +41,8 @@ ACTIVATIONS: Mapping[str, str] = {
     "host": "on the host",
 }
 """Fields of the records and what the tables call them."""
+OVERLAP_HINT_SHARE = 0.2
+"""Of a step: from there on it is worth saying that all-to-alls can be overlapped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,9 +248,22 @@ def _notes(question: Question, plan: Plan) -> list[str]:
             f"does not fit: a node lacks {lacks:,.0f} GiB of host memory for offloaded states and "
             "activations; lower optimizer.offload_fraction, or `megatron-dsv3 plan search`"
         )
+    if step.ep > OVERLAP_HINT_SHARE * step.total:
+        lines.append(_about_all_to_alls(question.job, plan))
     if not cluster.card.measured:
         lines.append(f"nothing was measured on {cluster.card.name}: times are projected")
     return lines
+
+
+def _about_all_to_alls(job: Job, plan: Plan) -> str:
+    share = f"all-to-alls take {plan.step.ep / plan.step.total:.0%} of the step"
+    if job.experts.overlap_all_to_all:
+        return f"{share}, as if nothing hid them: what their overlap gains was not measured"
+    needs = list(job.overlap_needs)
+    if plan.workload.num_micro_batches == 1:
+        needs.append("another micro-batch to compute meanwhile")
+    listed = f" (needs {', '.join(needs)})" if needs else ""
+    return f"{share}; experts.overlap_all_to_all may hide them{listed}"
 
 
 def _figures(question: Question, plan: Plan) -> dict[str, str]:

@@ -108,9 +108,19 @@ class Job(Section):
         return []
 
     def _overlap_problems(self) -> list[str]:
-        """What Megatron-Core's combined schedule asks, or was never tried with it here."""
         if not self.experts.overlap_all_to_all:
             return []
+        return [
+            f"experts.overlap_all_to_all needs {need}; change that, or set it to false"
+            for need in self.overlap_needs
+        ]
+
+    @property
+    def overlap_needs(self) -> list[str]:
+        """What `experts.overlap_all_to_all` needs that this job does not have.
+
+        Megatron-Core's combined schedule asks for it, or it was never tried without it here.
+        """
         parallel, memory = self.parallel, self.memory
         recomputed = memory.recompute_modules if memory.recompute == "selective" else ()
         rules = {
@@ -124,11 +134,7 @@ class Job(Section):
             "memory.recompute_modules without moe": "moe" in recomputed,
             "memory.offload_activations=[]": bool(memory.offload_activations),
         }
-        return [
-            f"experts.overlap_all_to_all needs {need}; change that, or set it to false"
-            for need, broken in rules.items()
-            if broken
-        ]
+        return [need for need, broken in rules.items() if broken]
 
     @property
     def document_multiple(self) -> int:
