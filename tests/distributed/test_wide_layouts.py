@@ -35,6 +35,8 @@ LAYOUTS: dict[int, list[Case]] = {
         case("TP2 EP4 overlapped", experts=EXCHANGE),
         case("CP2 EP4 overlapped, packed", experts=EXCHANGE, micro_batch_size=2),
         case("PP2 VPP4 EP2 overlapped", experts=EXCHANGE),
+        # No more micro-batches than the schedule computes ahead.
+        case("PP2 VPP2 EP2 overlapped, two", experts=EXCHANGE, micro_batch_size=2),
         case("CP2 EP2 overlapped, two instances", optimizer=OVERLAP, parallel=TWO_INSTANCES),
         case("PP4 VPP2"),
         case("PP2 VPP2, MTP apart from the loss", parallel={"stages": "Et*2|t*3|t*3|mL"}),
