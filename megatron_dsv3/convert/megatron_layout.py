@@ -5,6 +5,7 @@ of its parameters is stored; the table says which HF tensors make up the paramet
 imported by a process of its own, whose memory is gone before the first tensor is read.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -59,6 +60,8 @@ def layouts(arch: Architecture) -> list[MegatronLayout]:
 
 
 def _layouts(arch: Architecture) -> list[MegatronLayout]:
+    # In this process alone: it warns of itself at every construction.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     # A machine with GPUs is one without them here: nothing of theirs is needed or taken.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Megatron-Core refuses a model whose choice of attention is not that of these, which a training

@@ -1,8 +1,7 @@
 """This rank's model chunks, built from architecture and layout, wrapped for data parallelism."""
 
 import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,13 +20,6 @@ from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.model.router import DeepseekV3Router
 from megatron_dsv3.model.spec import block_specs
-
-_TELLS_OF_ITSELF = (
-    "megatron.core.models.gpt.gpt_model",
-    "megatron.core.distributed.distributed_data_parallel",
-)
-"""Loggers that warn at every construction of what no user can change: that GPTModel will go one day
-(the version is pinned), and that the optimizer's layout is worked out where it is needed."""
 
 
 def stages_of_rank(arch: Architecture, parallel: Parallel, pp_rank: int) -> list[Stage]:
@@ -59,7 +51,7 @@ def build_chunks(
     chunks = []
     for stage in stages_of_rank(arch, parallel, groups.pp_rank):
         decoder, mtp = block_specs(config, stage, transformer_engine=transformer_engine)
-        with torch.device("meta") if meta else contextlib.nullcontext(), _errors_alone():
+        with torch.device("meta") if meta else contextlib.nullcontext():
             chunk = DeepseekV3Model(
                 config,
                 decoder,
@@ -107,11 +99,10 @@ def wrap(
     )
     inner = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
     # A later chunk's gradients arrive first; only the first chunk may still wait for more buckets.
-    with _errors_alone():
-        wrapped = [
-            DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
-            for index, module in enumerate(inner)
-        ]
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
+        for index, module in enumerate(inner)
+    ]
     config.finalize_model_grads_func = mcore_finalize
     config.no_sync_func = _one_or_all([model.no_sync for model in wrapped])
     if optimizer.overlap_grad_reduce:
@@ -132,19 +123,6 @@ def unwrap(module: nn.Module) -> DeepseekV3Model:
 def routers(chunks: Sequence[nn.Module]) -> list[DeepseekV3Router]:
     """All routers of these chunks, in layer order."""
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, DeepseekV3Router)]
-
-
-@contextlib.contextmanager
-def _errors_alone() -> Iterator[None]:
-    """Inside, the loggers of `_TELLS_OF_ITSELF` keep their warnings to themselves."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, _TELLS_OF_ITSELF)}
-    try:
-        for logger in levels:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
 
 
 def _one_or_all(functions: list[object]) -> object:
