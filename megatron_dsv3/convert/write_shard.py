@@ -60,7 +60,8 @@ def write_shard(
         source: Where the numbers come from.
         path: The file; one that exists is overwritten.
         original: An FP8 checkpoint whose bytes are kept where they stand for the same numbers.
-        piece_bytes: Most that is held of a tensor in fp32, if 128 rows of it are not more.
+        piece_bytes: Largest piece of a tensor, in fp32, if 128 rows of it are not more; three are
+            held at once.
         on_bytes: Told the bytes of each piece that was written.
     """
     elements = min(_ELEMENTS, piece_bytes // 4)
