@@ -19,7 +19,7 @@ REQUIREMENTS = [
     # dist_checkpointing.save hangs instead of failing.
     "psutil>=6,<8",
     # XXH3: hashes of checkpoints at the speed of memory; the standard library has none that fast.
-    "xxhash>=3.5,<4",
+    "xxhash>=3.5,<5",
     "einops>=0.8,<1",
     "safetensors>=0.6,<1",
     # GPU images bring 5.17; parity is proven on the version in constraints.txt.

@@ -196,4 +196,4 @@ def combined(parts: Sequence[Part]) -> str:
     """The hash of a file: that of its bytes if it is one part, else that of its parts' hashes."""
     if len(parts) == 1:
         return parts[0].xxh3
-    return xxhash.xxh3_128_hexdigest("".join([part.xxh3 for part in parts]))
+    return xxhash.xxh3_128_hexdigest("".join([part.xxh3 for part in parts]).encode())

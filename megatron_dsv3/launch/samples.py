@@ -25,7 +25,7 @@ def sampled_hash(files: Iterable[Path]) -> str:
     digest = xxhash.xxh3_128()
     for path in files:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n")
+        digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb", buffering=0) as file:
             for start, length in _blocks(size):
                 file.seek(start)
