@@ -74,6 +74,15 @@ def test_a_plan_is_shown_by_stage_and_says_what_is_missing(tmp_path, six_layers)
     assert all(s["states_gib"] < s["allocated_gib"] < s["total_gib"] for s in content["stages"])
 
 
+def test_what_a_job_script_says_of_attention_does_not_concern_a_plan(six_layers, monkeypatch):
+    """Megatron-Core would refuse the model that is built to be counted."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "0")
+    shown = console()
+    plan_show.show(question(six_layers, world_size=2, parallel={"pp_size": 2}), shown)
+    assert "States, GiB a GPU" in shown.export_text()
+
+
 def test_every_number_has_an_origin(six_layers):
     asked = question(six_layers, world_size=8, parallel={"tp_size": 2, "ep_size": 8, "cp_size": 2})
     shown = console()

@@ -64,10 +64,6 @@ def _layouts(arch: Architecture) -> list[MegatronLayout]:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # A machine with GPUs is one without them here: nothing of theirs is needed or taken.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Megatron-Core refuses a model whose choice of attention is not that of these, which a training
-    # or a job script may have set.
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(name, None)
     from megatron_dsv3.model import cpu
     from megatron_dsv3.model.build import build_chunks
     from megatron_dsv3.model.config import mcore_config

@@ -6,6 +6,7 @@ built; nothing here runs on a machine whose job uses CUDA.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,11 @@ _device = CPU
 
 
 def enable() -> None:
-    """Applies all patches; a second call does nothing."""
+    """Applies all patches, once."""
+    # Megatron-Core refuses a model whose choice of attention is not that of these, which a job's
+    # script may have set for its GPUs, or Megatron-Core in the process that started this one.
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
     global _enabled  # patching is per process, and so is this flag
     if _enabled:
         return
