@@ -45,7 +45,7 @@ def test_loads_are_kept_by_global_layer_mtp_last(groups):
 
 
 def test_the_ratio_is_the_mean_over_layers_of_largest_over_mean(groups):
-    assert _balance(groups).ratio() == pytest.approx((4 / 2 + 2 / 2 + 8 / 2) / 3)
+    assert _balance(groups).ratio().item() == pytest.approx((4 / 2 + 2 / 2 + 8 / 2) / 3)
 
 
 def test_freeze_moves_nothing(groups):

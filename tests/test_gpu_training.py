@@ -4,6 +4,7 @@
 """
 
 import gc
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -232,6 +233,24 @@ def test_an_option_changes_no_number_beyond_the_order_of_sums(run, options):
     assert ours.grad_norms == pytest.approx(plain.grad_norms, rel=1e-2)
     assert _relative(ours.gradients, plain.gradients) < 5e-3
     assert _relative(ours.updates, plain.updates) < 0.1
+
+
+def test_the_host_waits_for_the_device_only_between_gradients_and_update(groups, hf_dir):
+    """For the norm of the gradients, and for all else that it wants to know, with the losses.
+
+    What waits in an expert layer is an event, of which nothing is said here.
+    """
+    step = _engine(groups, hf_dir).step
+    step(_batches())
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(_batches())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    assert 1 <= len(waits) <= 2, waits
 
 
 def test_training_trains(run):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from hf_reference import Reference
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from torch import Tensor
 
 from megatron_dsv3.config.architecture import Architecture
@@ -31,7 +32,14 @@ from megatron_dsv3.model.config import mcore_config
 from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.train.optimizer import build_optimizer
 from megatron_dsv3.train.spikes import NonFiniteError, SpikeError
-from megatron_dsv3.train.step import TrainStep, _weighted_sum, global_counts, loss_weights, to_row
+from megatron_dsv3.train.step import (
+    Counts,
+    TrainStep,
+    _weighted_sum,
+    global_counts,
+    loss_weights,
+    to_row,
+)
 
 LENGTH, NUM_MTP, MTP_WEIGHT, VOCABULARY = 16, 2, 0.3, 128
 MODEL = {"num_hidden_layers": 2, "num_mtp_layers": NUM_MTP}
@@ -130,7 +138,17 @@ def test_a_row_is_the_samples_end_to_end(groups):
     for depth in range(1 + NUM_MTP):
         assert torch.equal(row.labels[depth, 0], batch.labels[depth].flatten())
         assert torch.equal(row.loss_mask[depth, 0], batch.loss_mask[depth].flatten())
-    assert row.sample_ids == ("a", "b")
+
+
+def test_the_tokens_ahead_are_those_that_megatron_core_shifts_to(groups):
+    """Of four documents, three of them with padding behind."""
+    batch = _packed(SAMPLES[:2], SAMPLES[2:], multiple=4)
+    row = to_row(batch, groups)
+    shifted = row.tokens
+    for depth in range(1, 1 + NUM_MTP):
+        shifted, _ = roll_tensor(shifted, packed_seq_params=row.packed)
+        assert torch.equal(row.packed.tokens_ahead[depth - 1], shifted[0])
+        assert row.packed.tokens_ahead[depth - 1].any()
 
 
 def test_padding_belongs_to_no_document_and_lies_within_the_bounds_of_its_own(groups):
@@ -216,14 +234,22 @@ def test_context_parallel_ranks_share_each_packed_document(groups, size):
                 first = bound + part * chunk
                 expected += whole.labels[0, 0, first : first + chunk].tolist()
         assert row.labels[0, 0].tolist() == expected
+    ahead = [row.packed.tokens_ahead for row in rows]
+    counted = [(part.labels[:, 0] != 0) for part in rows]
+    for part, mine, labels in zip(ahead, counted, (row.labels[:, 0] for row in rows), strict=True):
+        assert torch.equal(part[mine[:-1]], labels[:-1][mine[:-1]])
 
 
 # Counts and weights
 
 
+def _counts(batches: list[Batch], groups: Groups) -> Counts:
+    return Counts.of(global_counts(batches, groups).cpu())
+
+
 def test_counts_of_packed_rows_are_those_of_padded_ones(groups):
-    padded = global_counts([_batch(*SAMPLES)], groups)
-    packed = global_counts([_packed(SAMPLES[:2], SAMPLES[2:], [], multiple=2)], groups)
+    padded = _counts([_batch(*SAMPLES)], groups)
+    packed = _counts([_packed(SAMPLES[:2], SAMPLES[2:], [], multiple=2)], groups)
     assert torch.equal(padded.counted, packed.counted)
     assert replace(padded, counted=packed.counted) == packed
 
@@ -232,7 +258,7 @@ def test_counts_by_hand(groups):
     loss = np.array([0, 1, 0, 1, 1], np.bool_)
     five = Sample("five", np.arange(5, dtype=np.int32), loss)
     two = Sample("two", np.arange(2, dtype=np.int32), np.ones(2, np.bool_))
-    counts = global_counts([_batch(five, EMPTY_SAMPLE), _batch(two, five)], groups)
+    counts = _counts([_batch(five, EMPTY_SAMPLE), _batch(two, five)], groups)
     # five predicts tokens 1, 3, 4; from two tokens before 3, 4; from three tokens before 3, 4.
     assert counts.counted.tolist() == [3 + 1 + 3, 2 + 0 + 2, 2 + 0 + 2]
     assert counts.counted.dtype is torch.float64
@@ -247,9 +273,9 @@ def test_counts_are_summed_over_data_parallel_ranks(groups, monkeypatch):
         over.append(group)
         tensor.mul_(2)
 
-    alone = global_counts([_batch(*SAMPLES)], groups)
+    alone = _counts([_batch(*SAMPLES)], groups)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    both = global_counts([_batch(*SAMPLES)], groups)
+    both = _counts([_batch(*SAMPLES)], groups)
     assert over == [groups.collection.dp]
     assert torch.equal(both.counted, 2 * alone.counted)
     assert (both.documents, both.tokens) == (2 * alone.documents, 2 * alone.tokens)

@@ -45,10 +45,11 @@ class Batch:
         return self.documents < 0
 
     @property
-    def lengths(self) -> torch.Tensor:
-        """[documents], int64: tokens of each, padding not counted."""
-        numbers = self.documents[self.documents >= 0]
-        return torch.bincount(numbers, minlength=len(self.bounds) - 1)
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[documents]: tokens of each, padding not counted."""
+        # In numpy: torch would wake a thread of every core for it, and training waits for them.
+        numbers = self.documents.numpy()
+        return np.bincount(numbers[numbers >= 0], minlength=len(self.bounds) - 1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def shift_targets(sample: Sample, depths: int) -> Targets:
     return Targets(labels * (loss_mask > 0), loss_mask)
 
 
-def counted_tokens(batch: Batch) -> torch.Tensor:
-    """Targets that count, by depth: [1 + num_mtp], int64, exact."""
-    return batch.loss_mask.sum(dim=(1, 2), dtype=torch.int64)
+def counted_tokens(batch: Batch) -> npt.NDArray[np.int64]:
+    """Targets that count, by depth: [1 + num_mtp], exact."""
+    counted: npt.NDArray[np.int64] = np.sum(batch.loss_mask.numpy(), axis=(1, 2), dtype=np.int64)
+    return counted

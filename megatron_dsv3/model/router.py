@@ -29,6 +29,9 @@ class PackedRow(PackedSeqParams):
     """[1 + num_mtp, this context-parallel rank's tokens], int64: the token's document; -1 on
     padding. At depth k also -1 on a document's last k tokens: what an MTP layer sees there is no
     token of the document."""
+    tokens_ahead: Tensor | None = None
+    """[num_mtp, this context-parallel rank's tokens], int64: the k-th next token of the document,
+    which the k-th MTP layer embeds."""
     num_documents: int = 1
     """Documents in this row."""
 
@@ -80,10 +83,10 @@ class DeepseekV3Router(TopKRouter):
     the global batch of this row's sums (of an MTP layer's too, which has a few tokens less).
     """
 
-    balance_weight: float = 1.0
-    """1 over the documents of the global batch."""
-    token_weight: float = 1.0
-    """1 over the real tokens of the global batch."""
+    balance_weight: float | Tensor = 1.0
+    """1 over the documents of the global batch; a number or a scalar on the device."""
+    token_weight: float | Tensor = 1.0
+    """1 over the real tokens of the global batch, likewise."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Chooses experts.

@@ -29,6 +29,7 @@ from megatron_dsv3.model import torch_modules as torch_mods
 from megatron_dsv3.model.attention import CoreAttention
 from megatron_dsv3.model.config import DeepseekV3Config
 from megatron_dsv3.model.moe import DeepseekV3MoELayer
+from megatron_dsv3.model.mtp import DeepseekV3MTPLayer
 from megatron_dsv3.model.router import DeepseekV3Layer, DeepseekV3Router, PackedRow
 
 
@@ -181,6 +182,7 @@ def block_specs(
     if not stage.mtp_layers:
         return decoder, None
     mtp_layer = get_mtp_layer_spec_for_backend(mtp_model_layer_spec=sparse, backend=backend)
+    mtp_layer.module = DeepseekV3MTPLayer
     mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[mtp_layer] * len(stage.mtp_layers))
     return decoder, mtp
 

@@ -158,6 +158,7 @@ def _row(workload: Workload, depths: int) -> PackedRow:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         documents=torch.empty(depths, tokens, dtype=torch.int64, device=META),
+        tokens_ahead=torch.empty(depths - 1, tokens, dtype=torch.int64, device=META),
         num_documents=len(bounds) - 1,
     )
 

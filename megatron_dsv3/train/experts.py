@@ -40,14 +40,18 @@ class ExpertBalance:
         if self._counts is not None:
             dist.all_reduce(self._counts, group=self.groups.collection.tp_dp_cp)
 
-    def ratio(self) -> float:
-        """Collective: largest load over the mean, averaged over all layers of the model."""
-        sums = torch.zeros(2, device=self.groups.device)
+    def ratio(self) -> Tensor:
+        """Collective: largest load over the mean, averaged over all layers of the model; scalar.
+
+        On the device, float64.
+        """
+        sums = torch.zeros(2, device=self.groups.device, dtype=torch.float64)
         if self._counts is not None:
             per_layer = self._counts.amax(1) / self._counts.mean(1).clamp(min=1e-9)
-            sums[0], sums[1] = per_layer.sum(), len(per_layer)
+            sums[0] = per_layer.sum()
+            sums[1].fill_(len(per_layer))
         dist.all_reduce(sums, group=self.groups.collection.pp)
-        return (sums[0] / sums[1].clamp(min=1)).item()
+        return sums[0] / sums[1].clamp(min=1)
 
     def loads(self) -> dict[int, list[int]]:
         """Collective: tokens of every expert by layer, over the whole model."""

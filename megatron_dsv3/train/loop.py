@@ -78,7 +78,8 @@ def train(run: Run, batches: Iterable[StepBatch]) -> list[StepRecord]:
                 kind = type(error) if isinstance(error, SharedError) else ValueError
                 raise kind(f"step {number}: {error}") from error
             run.schedule.step(1)
-            # The step ended with a read of the loss on the host, so this measures finished work.
+            # A step ends with a read of the loss, so this is finished work; only the update goes on
+            # meanwhile where that is a GPU, and counts for the next step.
             seconds = time.perf_counter() - began
             record = _record(run, number, batch, result, lr, seconds)
             records.append(record)

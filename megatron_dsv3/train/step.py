@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,7 +43,6 @@ class Row:
     """[1 + num_mtp, 1, tokens]"""
     loss_mask: Tensor
     packed: PackedRow
-    sample_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,12 @@ class Counts:
     """Real tokens, padding not counted."""
     squares: int
     """Of the documents' tokens, summed: what causal attention inside each costs grows with it."""
+
+    @classmethod
+    def of(cls, vector: Tensor) -> "Counts":
+        """From what `global_counts` sums, on the host."""
+        documents, tokens, squares = (int(value) for value in vector[-3:])
+        return cls(vector[:-3], documents=documents, tokens=tokens, squares=squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +93,9 @@ def to_row(batch: Batch, groups: Groups) -> Row:
     Padding stays at the tail of its document: it is seen by no real token, and no loss counts it.
     """
     documents = _members_by_depth(batch.documents.reshape(-1), num_depths=len(batch.labels))
+    ahead = tokens_ahead(batch.tokens.reshape(-1), batch.bounds, num_mtp=len(batch.labels) - 1)
     flat = [batch.tokens, batch.position_ids, batch.labels, batch.loss_mask]
-    tensors = [tensor.flatten(-2) for tensor in flat] + [documents]
+    tensors = [tensor.flatten(-2) for tensor in flat] + [documents, ahead]
     cp_size = groups.collection.cp.size()
     if cp_size > 1:
         parts = [
@@ -96,8 +103,9 @@ def to_row(batch: Batch, groups: Groups) -> Row:
             for start, stop in pairwise(batch.bounds.tolist())
         ]
         tensors = [tensor[..., torch.cat(parts)] for tensor in tensors]
-    tokens, positions, labels, mask, documents = (t.to(groups.device) for t in tensors)
-    bounds = batch.bounds.to(groups.device)
+    tokens, positions, labels, mask, documents, ahead, bounds = (
+        _sent(tensor, groups.device) for tensor in [*tensors, batch.bounds]
+    )
     # Attention kernels on a GPU are planned anew for each bound of the lengths: give them few.
     longest = 1 << (int(batch.bounds.diff().max()) - 1).bit_length()
     longest = min(longest, batch.tokens.numel())
@@ -108,11 +116,10 @@ def to_row(batch: Batch, groups: Groups) -> Row:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         documents=documents,
+        tokens_ahead=ahead,
         num_documents=len(bounds) - 1,
     )
-    return Row(
-        tokens[None], positions[None], labels[:, None], mask[:, None], packed, batch.sample_ids
-    )
+    return Row(tokens[None], positions[None], labels[:, None], mask[:, None], packed)
 
 
 def _members_by_depth(documents: Tensor, *, num_depths: int) -> Tensor:
@@ -128,16 +135,34 @@ def _members_by_depth(documents: Tensor, *, num_depths: int) -> Tensor:
     return torch.stack(rows)
 
 
-def global_counts(batches: Sequence[Batch], groups: Groups) -> Counts:
-    """Sums over all data-parallel ranks, before the first forward: losses are divided by them."""
-    counted = torch.stack([counted_tokens(batch).double() for batch in batches])
-    lengths = torch.cat([batch.lengths for batch in batches]).double()
-    sums = torch.stack([(lengths > 0).sum(), lengths.sum(), lengths.square().sum()])
-    vector = torch.cat([counted.sum(0), sums]).to(groups.device)
+def tokens_ahead(tokens: Tensor, bounds: Tensor, *, num_mtp: int) -> Tensor:
+    """[tokens] -> [num_mtp, tokens]: the next, the one after; 0 past the end of its document."""
+    rows, last = [], bounds[1:].long() - 1
+    for _ in range(num_mtp):
+        tokens = tokens.roll(-1)
+        tokens[last] = 0
+        rows.append(tokens)
+    return torch.stack(rows) if rows else tokens.new_zeros(0, len(tokens))
+
+
+def global_counts(batches: Sequence[Batch], groups: Groups) -> Tensor:
+    """Sums over all data-parallel ranks: [1 + num_mtp + 3], float64, in the order of `Counts`.
+
+    Losses are divided by them on the device, which the host does not wait for.
+    """
+    counted = np.stack([counted_tokens(batch) for batch in batches]).sum(0)
+    lengths = np.concatenate([batch.lengths for batch in batches])
+    sums = [(lengths > 0).sum(), lengths.sum(), np.square(lengths).sum()]
+    vector = _sent(torch.from_numpy(np.array([*counted, *sums], np.float64)), groups.device)
     dist.all_reduce(vector, group=groups.collection.dp)
-    vector = vector.cpu()
-    documents, tokens, squares = (int(value) for value in vector[-3:])
-    return Counts(vector[:-3], documents=documents, tokens=tokens, squares=squares)
+    return vector
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, which may still be at the step before; the host does not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class TrainStep:
@@ -175,23 +200,27 @@ class TrainStep:
                 the rank and the samples.
             SpikeError: The loss is a spike; nothing was updated.
         """
-        counts = global_counts(batches, self.groups)
+        summed = global_counts(batches, self.groups)
+        self._prepare(summed)  # first: the device clears gradients while the host lays out rows
+        outputs = self._run(batches, summed, forward_only=False)
+        self.experts.reduce()
+        # The host waits for the device once, in the norm. All else that it wants to know is summed
+        # before and read right after, so that it starts the next step during the update.
+        figures = [self._sum_losses(outputs, summed), summed, self.experts.ratio()[None]]
+        sums = torch.cat(figures)
+        norm = gradient_norm(self.optimizer)
+        loss_sums, vector, balance = sums.cpu().split([len(part) for part in figures])
+        counts = Counts.of(vector)
         if counts.counted[0] == 0:
             raise ValueError("the global batch holds no counted token; check the data's loss flags")
-        self._prepare(counts)  # first: the device clears gradients while the host lays out rows
-        rows = [to_row(batch, self.groups) for batch in batches]
-        outputs = self._run(rows, counts, forward_only=False)
-        self.experts.reduce()
         losses, grad_norm, skipped = Losses(math.nan, None), math.nan, None
         try:
-            # Before the losses are read: the host starts it while the device is in backward.
-            norm = gradient_norm(self.optimizer)
-            losses = self._losses(outputs, rows, counts)
+            losses = self._losses(loss_sums, counts, outputs, batches)
             if reason := self.guard.explain(losses.main):
-                raise SpikeError(f"{reason}; {self._blame_all(rows)}")
+                raise SpikeError(f"{reason}; {self._blame_all(batches)}")
             if not math.isfinite(norm):
                 raise NonFiniteError(
-                    f"gradient norm is {norm}; losses were finite; {self._blame_all(rows)}"
+                    f"gradient norm is {norm}; losses were finite; {self._blame_all(batches)}"
                 )
             grad_norm = norm
             clip_and_update(self.optimizer, norm)
@@ -200,21 +229,21 @@ class TrainStep:
         except (NonFiniteError, SpikeError) as error:
             self.guard.skip(error)
             skipped = str(error)
-        return StepResult(losses, grad_norm, counts, self.experts.ratio(), skipped)
+        return StepResult(losses, grad_norm, counts, balance.item(), skipped)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Losses:
         """Losses without gradients or any other trace."""
-        counts = global_counts(batches, self.groups)
-        rows = [to_row(batch, self.groups) for batch in batches]
+        summed = global_counts(batches, self.groups)
         for chunk in self.chunks:
             chunk.eval()
         try:
-            outputs = self._run(rows, counts, forward_only=True)
+            outputs = self._run(batches, summed, forward_only=True)
         finally:
             for chunk in self.chunks:
                 chunk.train()
-        return self._losses(outputs, rows, counts)
+        loss_sums, counts = self._sum_losses(outputs, summed).cpu(), Counts.of(summed.cpu())
+        return self._losses(loss_sums, counts, outputs, batches)
 
     def settle(self) -> None:
         """Before the weights are saved: waits for those still being gathered, checks the biases."""
@@ -232,57 +261,72 @@ class TrainStep:
         self.guard.restore(state["spikes"])
         self.experts.restore_start(state["biases_at_start"])
 
-    def _prepare(self, counts: Counts) -> None:
+    def _prepare(self, summed: Tensor) -> None:
+        documents, tokens, _ = summed[-3:].float()
         for router in self.routers:
-            router.balance_weight = 1 / counts.documents
-            router.token_weight = 1 / counts.tokens
+            router.balance_weight = 1 / documents
+            router.token_weight = 1 / tokens
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _blame_all(self, rows: Sequence[Row]) -> str:
+    def _blame_all(self, batches: Sequence[Batch]) -> str:
         """Collective: the samples of the global batch, the same on every rank."""
         group = self.groups.collection.dp
         everyones: list[list[str]] = [[]] * group.size()
-        dist.all_gather_object(everyones, _sample_ids(rows), group=group)
+        dist.all_gather_object(everyones, _sample_ids(batches), group=group)
         return _named(sample for ids in everyones for sample in ids)
 
     def _run(
-        self, rows: Sequence[Row], counts: Counts, *, forward_only: bool
+        self, batches: Sequence[Batch], summed: Tensor, *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
-        weights = loss_weights(counts.counted, self.mtp_loss_weight).to(self.groups.device)
-        iterators = [iter(rows) for _ in self.chunks]
+        made: list[Row] = []
+
+        def row(number: int) -> Row:
+            # The later micro-batches while the device is at the earlier; chunks share them.
+            if number == len(made):
+                made.append(to_row(batches[number], self.groups))
+            return made[number]
+
+        iterators = [map(row, range(len(batches))) for _ in self.chunks]
         outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
-            forward_step_func=partial(_forward, weights=weights),
+            forward_step_func=partial(
+                _forward, weights=loss_weights(summed[:-3], self.mtp_loss_weight)
+            ),
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(rows),
-            seq_length=rows[0].tokens.size(1) * self.groups.collection.cp.size(),
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.numel(),
             micro_batch_size=1,
             forward_only=forward_only,
         )
         return outputs
 
-    def _losses(
-        self, outputs: list[dict[str, Tensor]], rows: Sequence[Row], counts: Counts
-    ) -> Losses:
-        """Mean loss by depth, equal on every rank; one read on the host. Raises NonFiniteError."""
-        sums = torch.zeros(len(rows), len(counts.counted), dtype=torch.float64)
+    def _sum_losses(self, outputs: list[dict[str, Tensor]], summed: Tensor) -> Tensor:
+        """Collective: loss sums by depth, then how many ranks have one that is not finite."""
+        rows = summed.new_zeros(1, len(summed) - 3)
         if outputs and self.groups.tp_rank == 0:  # TP ranks hold the same losses
-            sums = torch.stack([output["sums"] for output in outputs]).double().cpu()
-        finite = sums.isfinite().all(1)
-        broken = [
-            row for row, is_finite in zip(rows, finite.tolist(), strict=True) if not is_finite
-        ]
-        blame = _named(_sample_ids(broken)) if broken else ""
-        total = torch.cat([sums.sum(0), torch.tensor([float(bool(blame))])]).to(self.groups.device)
-        dist.all_reduce(total)
-        total = total.cpu()
-        if total[-1]:
+            rows = torch.stack([output["sums"] for output in outputs]).to(summed)
+        sums = torch.cat([rows.sum(0), rows.isfinite().all().logical_not()[None]])
+        dist.all_reduce(sums)
+        return sums
+
+    def _losses(
+        self,
+        loss_sums: Tensor,
+        counts: Counts,
+        outputs: list[dict[str, Tensor]],
+        batches: Sequence[Batch],
+    ) -> Losses:
+        """Mean loss by depth, equal on every rank. Raises NonFiniteError on every rank."""
+        if loss_sums[-1]:
+            finite = [bool(output["sums"].isfinite().all()) for output in outputs]
+            broken = [batch for batch, fine in zip(batches, finite, strict=False) if not fine]
+            blame = f"rank {self.groups.rank}: {_named(_sample_ids(broken))}" if broken else ""
             everyone: list[str] = [""] * self.groups.world_size
-            dist.all_gather_object(everyone, blame and f"rank {self.groups.rank}: {blame}")
+            dist.all_gather_object(everyone, blame if self.groups.tp_rank == 0 else "")
             raise NonFiniteError("loss is not finite; " + "; ".join(filter(None, everyone)))
-        means = total[:-1] / counts.counted.clamp(min=1)
+        means = loss_sums[:-1] / counts.counted.clamp(min=1)
         return Losses(means[0].item(), means[1:].mean().item() if len(means) > 1 else None)
 
     def _read_loads_then_finalize(
@@ -332,9 +376,9 @@ def _weighted_sum(
     return (sums * weights).sum(), mask[0].sum().int(), {"sums": sums.detach()}
 
 
-def _sample_ids(rows: Sequence[Row]) -> list[str]:
+def _sample_ids(batches: Sequence[Batch]) -> list[str]:
     """Without those that fill a batch up, which have no name."""
-    return [sample for row in rows for sample in row.sample_ids if sample]
+    return [sample for batch in batches for sample in batch.sample_ids if sample]
 
 
 def _named(samples: Iterable[str]) -> str:
