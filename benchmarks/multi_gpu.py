@@ -4,14 +4,17 @@
 
 Slices of DeepSeek-V3 with its widths and 64 experts, for 2, 4 or 8 GPUs of one host. Of each case:
 time of a step and tokens/s of a GPU, the largest peak of any rank, communication during which
-nothing else ran on rank 0, and what `megatron-dsv3 plan` projects. `--smoke` runs tiny layers of
-the same layouts on CPUs, to see that the script works; its figures say nothing.
+nothing else ran on rank 0, and, at the end, what `megatron-dsv3 plan` projects. `--smoke` runs tiny
+layers of the same layouts on CPUs, to see that the script works; its figures say nothing.
 """
 
 import argparse
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,9 @@ class Row:
     measured: Measured
     peak_gib: float
     """Of the fullest rank."""
-    exposed_ms: float | None
-    projected_ms: float | None
-    projected_peak_gib: float | None
+    exposed_ms: float | None = None
+    projected_ms: float | None = None
+    projected_peak_gib: float | None = None
 
 
 def cases(world_size: int) -> list[Case]:
@@ -127,16 +130,25 @@ def main() -> None:
         else:
             fp8 = theirs[name][1]
             got = mcore_plain.measure(groups, 4, fp8, arguments.steps, arch=ARCH, parallel=parallel)
-            row = Row(replace(got, name=name), largest(got.peak_gib, device), None, None, None)
+            row = Row(replace(got, name=name), largest(got.peak_gib, device))
         rows.append(row)
         if groups.rank == 0:
             print(line(row), flush=True)
         bench.release()
         leave_layout()
-    if arguments.json and dist.get_rank() == 0:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     dist.barrier()
+    rank = dist.get_rank()
     stop()
+    if rank == 0:
+        save(rows, arguments.json)
+        chosen = [ours[row.measured.name] for row in rows if row.measured.name in ours]
+        save(with_projections(rows, chosen, world_size, device), arguments.json)
+
+
+def save(rows: Sequence[Row], path: Path | None) -> None:
+    """Writes what there is."""
+    if path:
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def tiny(case: Case) -> Case:
@@ -156,14 +168,17 @@ def tiny(case: Case) -> Case:
 
 def measure(case: Case, groups: Groups, num_steps: int) -> Row:
     """Collective."""
-    got = bench.measure(case, groups, num_steps=num_steps)
-    peak, alone, projected = largest(got.peak_gib, groups.device), None, None
-    if groups.device.type == "cuda":
-        prepared = bench.prepare(case, groups)
-        alone = exposed(trace_step(prepared))
-        bench.free(prepared.step.chunks, prepared.step.optimizer)
-        projected = project(case, groups)
-    return Row(got, peak, alone, *(projected or (None, None)))
+    on_gpu, alone = groups.device.type == "cuda", []
+    got = bench.measure(
+        case,
+        groups,
+        num_steps=num_steps,
+        afterwards=(lambda prepared: alone.append(exposed(trace_step(prepared))))
+        if on_gpu
+        else None,
+    )
+    peak = largest(got.peak_gib, groups.device)
+    return Row(got, peak, alone[0] if alone else None)
 
 
 def largest(value: float, device: torch.device) -> float:
@@ -173,17 +188,35 @@ def largest(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
-def project(case: Case, groups: Groups) -> tuple[float, float] | None:
-    """Milliseconds of a step and peak in GiB, as planned; None for a card without a description."""
-    name = torch.cuda.get_device_name(groups.device)
+def with_projections(
+    rows: Sequence[Row], ours: Sequence[Case], world_size: int, device: torch.device
+) -> list[Row]:
+    """Prints them, too; on a CPU as for H200, on a card without a description none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "H200"
     card = next((CARDS[key] for key in CARDS if key in name), None)
     if card is None:
-        return None
-    cluster = cluster_of(card, gpus_per_node=groups.world_size)
+        return list(rows)
+    # The planner builds models without a device, for which it changes the whole process.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        told = [pool.submit(project, case, card, world_size) for case in ours]
+        projected = {case.name: one.result() for case, one in zip(ours, told, strict=True)}
+    for case_name, (ms, gib) in projected.items():
+        print(f"{case_name:48} {ms:8.1f} ms, {gib:.1f} GiB projected for {card}", flush=True)
+    return [
+        replace(row, projected_ms=ms, projected_peak_gib=gib)
+        for row in rows
+        for ms, gib in [projected.get(row.measured.name, (None, None))]
+    ]
+
+
+def project(case: Case, card: str, world_size: int) -> tuple[float, float]:
+    """Milliseconds of a step and peak in GiB, as planned."""
+    cluster = cluster_of(card, gpus_per_node=world_size)
     workload = Workload(
         arch=case.arch,
         parallel=case.parallel,
-        world_size=groups.world_size,
+        world_size=world_size,
         seq_length=case.num_documents * case.document_length,
         document_length=case.document_length,
         num_micro_batches=case.num_micro_batches,
@@ -207,8 +240,6 @@ def line(row: Row) -> str:
     )
     if row.exposed_ms is not None:
         text += f", communication alone {row.exposed_ms:.1f} ms"
-    if row.projected_ms is not None and row.projected_peak_gib is not None:
-        text += f"; projected {row.projected_ms:.1f} ms, {row.projected_peak_gib:.1f} GiB"
     return text
 
 

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ class Measured:
 
     name: str
     step_ms: float
-    """Median over the steps, from the first forward to weights that are updated."""
+    """Median over the steps, back to back, from one update of the weights to the next."""
     fastest_ms: float
     """Of all steps: on a machine with other work on its cores, what the step itself takes."""
     tokens_per_second: float
@@ -188,8 +189,17 @@ def random_batches(case: Case, *, seed: int) -> list[Batch]:
     ]
 
 
-def measure(case: Case, groups: Groups, *, num_steps: int = 10) -> Measured:
-    """Times whole steps of a case: forward, backward, clipping, update."""
+def measure(
+    case: Case,
+    groups: Groups,
+    *,
+    num_steps: int = 10,
+    afterwards: Callable[[Prepared], None] | None = None,
+) -> Measured:
+    """Times whole steps of a case: forward, backward, clipping, update.
+
+    `afterwards` gets the step, warm, before its memory is given back.
+    """
     reset_peak(groups.device)
     prepared = prepare(case, groups)
     losses: list[float] = []
@@ -197,6 +207,9 @@ def measure(case: Case, groups: Groups, *, num_steps: int = 10) -> Measured:
         times = time_steps(
             lambda: losses.append(prepared.one()), groups.device, num_steps=num_steps
         )
+        peak = peak_gib(groups.device)
+        if afterwards is not None:
+            afterwards(prepared)
     finally:
         free(prepared.step.chunks, prepared.step.optimizer)
     return summary(
@@ -205,7 +218,7 @@ def measure(case: Case, groups: Groups, *, num_steps: int = 10) -> Measured:
         times,
         num_tokens=case.tokens_per_step * groups.dp_size / groups.world_size,
         document_length=case.document_length,
-        peak_gib=peak_gib(groups.device),
+        peak_gib=peak,
         loss=losses[-1],
     )
 
@@ -236,19 +249,36 @@ def summary(
 
 @few_collections()
 def time_steps(step: Callable[[], None], device: torch.device, *, num_steps: int) -> list[float]:
-    """Seconds of each step after the warm-up; the device has finished at both ends.
+    """Seconds from the end of one step to the end of the next, on the device, after the warm-up.
 
+    Back to back as in training: the host starts a step while the device is still at the one before.
     Python's collector is treated as in the training loop, for peers too.
     """
-    times = []
-    for number in range(WARM_UP_STEPS + num_steps):
-        _synchronize(device)
-        began = time.perf_counter()
+    for _ in range(WARM_UP_STEPS):
         step()
-        _synchronize(device)
-        if number >= WARM_UP_STEPS:
-            times.append(time.perf_counter() - began)
-    return times
+    _synchronize(device)
+    ends = [_Moment(device)]
+    for _ in range(num_steps):
+        step()
+        ends.append(_Moment(device))
+    _synchronize(device)
+    return [end.since(start) for start, end in pairwise(ends)]
+
+
+class _Moment:
+    """Of the device's work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record()
+
+    def since(self, start: "_Moment") -> float:
+        """Seconds; the device has finished both."""
+        if self.event is None or start.event is None:
+            return self.host - start.host
+        return float(start.event.elapsed_time(self.event)) / 1e3
 
 
 def gemm_roof_tflops(device: torch.device, *, size: int = 8192, repeats: int = 20) -> float:

@@ -40,6 +40,8 @@ def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 def profile_step(prepared: Prepared) -> dict[str, float]:
     """Milliseconds on the GPU of one step after the warm-up, by kind; needs a GPU."""
+    for _ in range(WARM_UP_STEPS):
+        prepared.one()
     return by_kind((name, end - start) for name, start, end in trace_step(prepared))
 
 
@@ -59,9 +61,7 @@ def exposed(kernels: Iterable[tuple[str, float, float]]) -> float:
 
 
 def trace_step(prepared: Prepared) -> list[tuple[str, float, float]]:
-    """Name, start and end in ms of each kernel of one step after the warm-up; needs a GPU."""
-    for _ in range(WARM_UP_STEPS):
-        prepared.one()
+    """Name, start and end in ms of each kernel of one step, which is warm; needs a GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         prepared.one()
         torch.cuda.synchronize()
