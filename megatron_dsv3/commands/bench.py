@@ -317,37 +317,47 @@ def _table(results: Results) -> Table:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Tokens/s of every case, and beside it the profiles."""
+    """Tokens/s of every case, peers in grey, and beside it the profiles."""
     import matplotlib.pyplot as plt  # a second and 100 MB that only a picture needs
 
     panels = 2 if results.profiles else 1
-    height = 1.5 + 0.32 * max(len(results.measured), 4)
-    figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, height), layout="constrained")
-    bars = axes[0] if panels == 2 else axes
-    names = [got.name for got in results.measured]
-    bars.barh(names, [got.tokens_per_second for got in results.measured], color="#1f6fb2")
+    kinds = list(dict.fromkeys(kind for profile in results.profiles.values() for kind in profile))
+    height = 1.2 + 0.32 * max(len(results.measured), len(kinds), 4)
+    figure, axes = plt.subplots(
+        1, panels, figsize=(6.5 * panels, height), layout="constrained", squeeze=False
+    )
+    bars, ours = axes[0][0], {case.name for case in CASES}
+    bars.barh(
+        [got.name for got in results.measured],
+        [got.tokens_per_second for got in results.measured],
+        color=["#1f6fb2" if got.name in ours else "#9a9a9a" for got in results.measured],
+    )
     for row, got in enumerate(results.measured):
         label = f"  {got.step_ms:.0f} ms, {got.peak_gib:.0f} GiB"
         bars.text(got.tokens_per_second, row, label, va="center", fontsize=8)
-    bars.invert_yaxis()
     bars.margins(x=0.25)
     bars.set(xlabel="tokens/s", title=results.about["device"])
     if results.profiles:
-        stacked(axes[1], results.profiles)
-    for one in [bars, *([axes[1]] if panels == 2 else [])]:
+        _bars_by_kind(axes[0][1], results.profiles, kinds)
+    for one in axes[0]:
+        one.invert_yaxis()
         one.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def stacked(axes: Any, profiles: Mapping[str, Mapping[str, float]]) -> None:
-    """One stacked bar a profile."""
-    kinds = list(dict.fromkeys(kind for profile in profiles.values() for kind in profile))
-    left = dict.fromkeys(profiles, 0.0)
-    for kind in kinds:
-        widths = [profiles[name].get(kind, 0.0) for name in profiles]
-        axes.barh(list(profiles), widths, left=list(left.values()), label=kind, height=0.5)
-        left = {name: left[name] + profiles[name].get(kind, 0.0) for name in profiles}
-    axes.invert_yaxis()
+def _bars_by_kind(
+    axes: Any, profiles: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
+) -> None:
+    """A bar a kind of kernel, those of several profiles under one another."""
+    thick = 0.8 / len(profiles)
+    for number, (name, profile) in enumerate(profiles.items()):
+        times = [profile.get(kind, 0.0) for kind in kinds]
+        rows = [row + thick * (number - (len(profiles) - 1) / 2) for row in range(len(kinds))]
+        axes.barh(rows, times, height=thick, label=f"{name}: {sum(times):.0f} ms")
+        for row, time in zip(rows, times, strict=True):
+            axes.text(time, row, f"  {time:.1f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.margins(x=0.15)
     axes.set(xlabel="ms on the GPU, one step", title="by kind of kernel")
-    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    axes.legend(fontsize=8, loc="lower right", frameon=False)

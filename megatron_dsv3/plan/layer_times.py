@@ -38,7 +38,13 @@ LAUNCH_SECONDS: Mapping[Unit, tuple[float, float]] = {
 }  # fmt: skip
 """What the host needs to start the kernels of a unit, forward and backward. FP8 blocks with one
 micro-batch of 4096 tokens took 86 to 117 ms on three hosts for a dense, two expert layers and the
-head, as long as the host."""
+head, as long as the host. With `LAUNCHED_EXPERTS` on the rank."""
+LAUNCHED_EXPERTS = 8
+EXPERT_LAUNCH_SECONDS: Mapping[Literal["bf16", "fp8"], tuple[float, float]] = {
+    "bf16": (0.17e-3, 0.33e-3), "fp8": (0.27e-3, 0.53e-3),
+}  # fmt: skip
+"""What each further expert of the rank needs, forward and backward: it is quantised and multiplied
+by launches of its own. Fitted to 32 experts on each of two H200 (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +85,19 @@ class LayerTimes:
         """A dense layer, an expert layer, an MTP layer without head, one pass of head and loss."""
         if name not in self._units:
             rows = tuple(self._rows(name))
-            alone = _summed(rows, self._again(name), LAUNCH_SECONDS[name])
+            alone = _summed(rows, self._again(name), self._launch(name))
             self._units[name] = self._with_offloading(name, alone)
         return self._units[name]
+
+    def _launch(self, name: Unit) -> tuple[float, float]:
+        """Seconds of the host, forward and backward."""
+        forward, backward = LAUNCH_SECONDS[name]
+        if name in ("dense", "head"):
+            return forward, backward
+        work = self.workload
+        further = work.arch.num_experts // work.parallel.ep_size - LAUNCHED_EXPERTS
+        each = EXPERT_LAUNCH_SECONDS["bf16" if work.precision.fp8 == "off" else "fp8"]
+        return forward + further * each[0], backward + further * each[1]
 
     def _with_offloading(self, name: Unit, alone: UnitTime) -> UnitTime:
         """Copies to the host run beside a layer's forward, those back beside its backward."""
