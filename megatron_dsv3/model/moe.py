@@ -48,13 +48,16 @@ class DeepseekV3MoELayer(MoELayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        dispatcher = self.token_dispatcher
         self._routes_first = (
             not self.shared_expert_overlap
             # Their schedules call the parts of this layer themselves.
             and not self.config.overlap_moe_expert_parallel_comm
             and self.config.cuda_graph_impl == "none"
+            # The other kind leaves its input's gradient in a buffer of Megatron-Core's, into which
+            # the shared expert's backward, next in this order, gathers under tensor parallelism.
+            and isinstance(dispatcher, MoEAlltoAllTokenDispatcher)
         )
-        dispatcher = self.token_dispatcher
         if (
             self._routes_first
             and isinstance(dispatcher, MoEAlltoAllTokenDispatcher)

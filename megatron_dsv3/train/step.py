@@ -199,6 +199,7 @@ class TrainStep:
             NonFiniteError: A loss or the gradient norm is not finite; nothing was updated. Names
                 the rank and the samples.
             SpikeError: The loss is a spike; nothing was updated.
+            ValueError: No token of the global batch counts; nothing was updated.
         """
         summed = global_counts(batches, self.groups)
         self._prepare(summed)  # first: the device clears gradients while the host lays out rows

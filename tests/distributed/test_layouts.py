@@ -68,6 +68,7 @@ LAYOUTS: dict[int, list[Case]] = {
         case("CP4"),
         case("DP4 two optimizer instances", parallel={"num_optimizer_instances": 2}),
         case("TP2 EP4"),
+        case("TP2 ETP2 EP2 allgather packed", micro_batch_size=2, experts=ALLGATHER),
         case("TP2 PP2 EP2 packed", micro_batch_size=4),
         case("CP2 PP2 packed", micro_batch_size=2),
         case("TP2 CP2 EP4"),

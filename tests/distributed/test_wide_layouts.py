@@ -25,7 +25,6 @@ LAYOUTS: dict[int, list[Case]] = {
     ],
     4: [
         case("EP2 ETP2 allgather", experts=ALLGATHER),
-        case("TP2 ETP2 EP2 allgather packed", micro_batch_size=2, experts=ALLGATHER),
         case("PP2 CP2 EP2 packed, full recompute", micro_batch_size=2, memory=FULL),
         case("TP2 PP2 packed, selective recompute", micro_batch_size=2, memory=SELECTIVE),
         case("PP2 overlapped", optimizer=OVERLAP),
