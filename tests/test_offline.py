@@ -199,7 +199,7 @@ def test_the_seal_gets_size_and_hash_of_every_file_before_the_target_has_its_nam
     # In file_direction's two parts.
     digest = xxhash.xxh3_128_hexdigest
     assert seen == {
-        name: (10_000, digest(digest(content[:5000]) + digest(content[5000:])))
+        name: (10_000, digest((digest(content[:5000]) + digest(content[5000:])).encode()))
         for name, content in files.items()
     }
     assert (out / "seal").exists()
