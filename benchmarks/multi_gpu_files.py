@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 8 benchmarks/multi_gpu_files.py --dir DIR [--repeats 3] [--json FILE]
 
-A slice of DeepSeek-V3 with its widths and 64 experts, one share of them on each GPU. Of export and
-load: GB/s and the most host memory that all ranks together took for it; of asynchronous and
-synchronous saves: how long training stands still, and until the checkpoint is there. Files are read
-from the disk, not from memory. `--smoke` does the same with tiny layers on CPUs, to see that the
-script works.
+A slice of DeepSeek-V3 with its widths and eight experts on each GPU (on 8 GPUs 6.9 B parameters: 14
+GB are exported, some 70 GB saved). Of export and load: GB/s and the most host memory that all ranks
+together took for it; of asynchronous and synchronous saves: how long training stands still, and
+until the checkpoint is there. Files are read from the disk, not from memory. `--smoke` does the
+same with tiny layers on CPUs, to see that the script works.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
     leave_layout()
     parallel = Parallel(ep_size=dist.get_world_size())
     groups = start(parallel, device)
-    arch = bench.slice_of_v3(num_experts=64)
+    arch = bench.slice_of_v3(num_experts=8 * groups.world_size)
     arch = replace(arch, **SMALL) if arguments.smoke else arch
     engine = engine_of(arch, parallel, groups, length=LENGTH // 64 if arguments.smoke else LENGTH)
     found: dict[str, list[float]] = defaultdict(list)
@@ -121,10 +121,13 @@ def once(engine: Engine, arch: Architecture, groups: Groups, directory: Path) ->
         times = timed_save(engine, batch, place / kind, asynchronous=kind == "asynchronous")
         for name, seconds in times.items():
             found[f"{kind} {name} s"] = largest(seconds, groups.device)
-    saved = place / "asynchronous" / "iter_0000001"
+        saved = place / kind / "iter_0000001"
+        found["checkpoint GB"] = sum(file.stat().st_size for file in saved.iterdir()) / 1e9
+        dist.barrier()
+        if groups.rank == 0:  # a disk may have room for one
+            shutil.rmtree(place / kind)
+        dist.barrier()
     found["model GB"] = size / 1e9
-    found["checkpoint GB"] = sum(file.stat().st_size for file in saved.iterdir()) / 1e9
-    dist.barrier()
     if groups.rank == 0:
         shutil.rmtree(place)
     return found

@@ -57,8 +57,8 @@ def test_files_are_exported_loaded_and_saved_by_two_ranks(tmp_path):
         "multi_gpu_files.py", "--repeats", "1", "--json", str(file), "--dir", str(tmp_path)
     )
     medians = json.loads(file.read_text())
-    # 0.9 M parameters in bf16; masters and moments in fp32 are seven times as much with them.
-    assert medians["model GB"] == pytest.approx(1.8e-3, rel=0.05)
+    # 288,800 parameters in bf16, and names; masters and moments in fp32 are seven times as much.
+    assert 1 < medians["model GB"] / (2 * 288_800 / 1e9) < 1.15
     assert 7 < medians["checkpoint GB"] / medians["model GB"] < 10
     assert 0 < medians["asynchronous still s"] <= medians["asynchronous whole s"]
     assert all(f"{name} " in said for name in ("export", "load", "asynchronous", "synchronous"))
