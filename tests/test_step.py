@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -552,6 +553,36 @@ def test_a_gradient_that_is_not_finite_names_the_samples_and_changes_nothing(mak
         trainee.step([_batch(sample) for sample in SAMPLES[:2]])
     changed = [n for n, t in trainee.tensors().items() if not torch.equal(t, before[n])]
     assert not changed
+
+
+def test_a_global_batch_without_a_counted_token_is_refused_before_the_update(make):
+    trainee = make()
+    before = trainee.tensors()
+    with pytest.raises(ValueError, match="no counted token"):
+        trainee.step([_batch(EMPTY_SAMPLE, EMPTY_SAMPLE)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainee.tensors().items())
+
+
+def test_a_signal_to_any_rank_is_agreed_on_with_the_losses(make, monkeypatch):
+    trainee, plain = make(), dist.all_reduce
+    expected = make().step([_batch(*SAMPLES)])
+    request = trainee.step.stop_request
+
+    def as_if_another_rank_had_been_told(tensor, *args, **options):
+        if tensor.shape == (1 + NUM_MTP + 2,):
+            tensor[-1] += 1
+        return plain(tensor, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "all_reduce", as_if_another_rank_had_been_told)
+        assert trainee.step([_batch(*SAMPLES)]).losses == expected.losses
+    assert request.agreed
+    assert request.received is None
+    trainee.step([_batch(*SAMPLES)])
+    assert not request.agreed
+    request.note(signal.SIGTERM, None)
+    trainee.step([_batch(*SAMPLES)])
+    assert request.agreed
 
 
 SKIP = SpikesSection(action="skip", factor=1.5, window=2)

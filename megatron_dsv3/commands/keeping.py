@@ -15,7 +15,7 @@ from megatron_dsv3.convert.hf_io import HFReader
 from megatron_dsv3.model.groups import SharedError
 from megatron_dsv3.train.loop import StepBatch
 from megatron_dsv3.train.metrics import StepRecord
-from megatron_dsv3.train.signals import Requeue, StopRequest, stop_request
+from megatron_dsv3.train.signals import Requeue, noted
 from megatron_dsv3.train.watchdog import Watchdog
 
 OnStep = Callable[[StepRecord, StepBatch], None]
@@ -31,7 +31,6 @@ class Keeper:
     identity: Identity
     saver: Saver
     every_steps: int
-    request: StopRequest
     tell: Callable[[str], None]
 
     def __call__(self, record: StepRecord, batch: StepBatch) -> None:
@@ -42,7 +41,7 @@ class Keeper:
             SaveError: On every rank, where the job says that a failed save ends the run.
         """
         is_last = record.step == record.num_steps
-        stop = self.request.agreed() and not is_last
+        stop = self.engine.step.stop_request.agreed and not is_last
         if stop or is_last or record.step % self.every_steps == 0:
             self.engine.step.settle()
             own = own_state(self.identity, self.engine, batch.after)
@@ -55,7 +54,7 @@ class Keeper:
     def _leave(self, step: int) -> None:
         self.saver.finish()
         if self.engine.bridge.groups.rank == 0:
-            name = self.request.received or "a signal to another rank"
+            name = self.engine.step.stop_request.received or "a signal to another rank"
             self.tell(f"{name}: stopped after step {step}, to be started again")
             try:
                 write_durably(self.saver.folder / REQUEUE_FILE, f"{step}\n")
@@ -127,13 +126,12 @@ def keep(
         with suppress(OSError):  # a folder that cannot be written to is the first save's matter
             (job.checkpoint_dir / REQUEUE_FILE).unlink()
     saver = Saver(engine.trainee, job.checkpoint_dir, section, tell)
-    with stop_request(groups.device) as request:
+    with noted(engine.step.stop_request):
         keeper = Keeper(
             engine=engine,
             identity=identity,
             saver=saver,
             every_steps=section.every_steps,
-            request=request,
             tell=tell,
         )
         try:

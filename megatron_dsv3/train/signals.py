@@ -5,9 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 REQUEUE = 75
 """Exit code: stopped before the end, with a checkpoint to go on from (sysexits' EX_TEMPFAIL)."""
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -21,18 +18,17 @@ class Requeue(SystemExit):
 
 
 class StopRequest:
-    """Whether any rank was told to stop."""
+    """Whether any rank was told to stop.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    A scheduler may signal one rank, some of them, or all at different times. The training step sums
+    who was told with its losses: a message of its own after each step would wait for the update.
+    """
+
+    def __init__(self) -> None:
         self.received: str | None = None
         """Name of the first signal that this rank got."""
-
-    def agreed(self) -> bool:
-        """Collective: a scheduler may signal one rank, some of them, or all at different times."""
-        flag = torch.tensor([int(self.received is not None)], device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        self.agreed = False
+        """Some rank had been told when the losses of the last step were summed; equal on all."""
 
     def note(self, number: int, _: FrameType | None) -> None:
         """The handler; nothing else may be done in the middle of a collective."""
@@ -40,12 +36,11 @@ class StopRequest:
 
 
 @contextmanager
-def stop_request(device: torch.device) -> Iterator[StopRequest]:
+def noted(request: StopRequest) -> Iterator[None]:
     """Notes SIGUSR1 and SIGTERM while it is open."""
-    request = StopRequest(device)
     before = {number: signal.signal(number, request.note) for number in SIGNALS}
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -29,6 +29,7 @@ from megatron_dsv3.model.groups import Groups
 from megatron_dsv3.model.router import PackedRow
 from megatron_dsv3.train.experts import ExpertBalance
 from megatron_dsv3.train.optimizer import clip_and_update, gradient_norm
+from megatron_dsv3.train.signals import StopRequest
 from megatron_dsv3.train.spikes import NonFiniteError, SpikeError, SpikeGuard
 
 
@@ -185,6 +186,7 @@ class TrainStep:
         self.experts = ExpertBalance(self.routers, groups, experts)
         self.experts.check()
         self.guard = SpikeGuard(spikes)
+        self.stop_request = StopRequest()
         self._finalize = self.config.finalize_model_grads_func
         self.config.finalize_model_grads_func = self._read_loads_then_finalize
 
@@ -212,6 +214,7 @@ class TrainStep:
         norm = gradient_norm(self.optimizer)
         loss_sums, vector, balance = sums.cpu().split([len(part) for part in figures])
         counts = Counts.of(vector)
+        self.stop_request.agreed = bool(loss_sums[-1])
         if counts.counted[0] == 0:
             raise ValueError("the global batch holds no counted token; check the data's loss flags")
         losses, grad_norm, skipped = Losses(math.nan, None), math.nan, None
@@ -304,11 +307,12 @@ class TrainStep:
         return outputs
 
     def _sum_losses(self, outputs: list[dict[str, Tensor]], summed: Tensor) -> Tensor:
-        """Collective: loss sums by depth, then how many ranks have one that is not finite."""
+        """Collective: loss sums by depth; ranks with one that is not finite; ranks told to stop."""
         rows = summed.new_zeros(1, len(summed) - 3)
         if outputs and self.groups.tp_rank == 0:  # TP ranks hold the same losses
             rows = torch.stack([output["sums"] for output in outputs]).to(summed)
-        sums = torch.cat([rows.sum(0), rows.isfinite().all().logical_not()[None]])
+        told = summed.new_full((1,), float(self.stop_request.received is not None))
+        sums = torch.cat([rows.sum(0), rows.isfinite().all().logical_not()[None], told])
         dist.all_reduce(sums)
         return sums
 
@@ -320,14 +324,14 @@ class TrainStep:
         batches: Sequence[Batch],
     ) -> Losses:
         """Mean loss by depth, equal on every rank. Raises NonFiniteError on every rank."""
-        if loss_sums[-1]:
+        if loss_sums[-2]:
             finite = [bool(output["sums"].isfinite().all()) for output in outputs]
             broken = [batch for batch, fine in zip(batches, finite, strict=False) if not fine]
             blame = f"rank {self.groups.rank}: {_named(_sample_ids(broken))}" if broken else ""
             everyone: list[str] = [""] * self.groups.world_size
             dist.all_gather_object(everyone, blame if self.groups.tp_rank == 0 else "")
             raise NonFiniteError("loss is not finite; " + "; ".join(filter(None, everyone)))
-        means = loss_sums[:-1] / counts.counted.clamp(min=1)
+        means = loss_sums[:-2] / counts.counted.clamp(min=1)
         return Losses(means[0].item(), means[1:].mean().item() if len(means) > 1 else None)
 
     def _read_loads_then_finalize(
