@@ -44,11 +44,12 @@ def test_a_hang_ends_the_job_with_the_stack_of_every_rank(tmp_path):
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+    """It comes after step 2, so it is known to all with the losses of the next."""
     code, said, _ = _launch("signal", tmp_path)
     assert code != 0
     folder = tmp_path / "out-checkpoints"
-    assert (folder / "requeue").read_text() == "2\n", said[-3000:]
-    assert [path.name for path in folder.glob("iter_*")] == ["iter_0000002"]
-    assert "a signal to another rank: stopped after step 2" in said
+    assert (folder / "requeue").read_text() == "3\n", said[-3000:]
+    assert [path.name for path in folder.glob("iter_*")] == ["iter_0000003"]
+    assert "a signal to another rank: stopped after step 3" in said
     assert "exitcode  : 75" in said
     assert not (tmp_path / "out").exists()
