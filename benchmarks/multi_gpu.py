@@ -33,7 +33,7 @@ from megatron_dsv3.plan.kernels import load_kernels
 from megatron_dsv3.plan.records import GIB, Workload, allocated
 from megatron_dsv3.plan.speed import Speed
 from megatron_dsv3.train import bench
-from megatron_dsv3.train.bench import Case, Measured, slice_of_v3
+from megatron_dsv3.train.bench import Case, Measured, Prepared, slice_of_v3
 from megatron_dsv3.train.kernel_kinds import exposed, trace_step
 
 ARCH = slice_of_v3(num_experts=64)
@@ -168,17 +168,14 @@ def tiny(case: Case) -> Case:
 
 def measure(case: Case, groups: Groups, num_steps: int) -> Row:
     """Collective."""
-    on_gpu, alone = groups.device.type == "cuda", []
-    got = bench.measure(
-        case,
-        groups,
-        num_steps=num_steps,
-        afterwards=(lambda prepared: alone.append(exposed(trace_step(prepared))))
-        if on_gpu
-        else None,
-    )
-    peak = largest(got.peak_gib, groups.device)
-    return Row(got, peak, alone[0] if alone else None)
+    alone: list[float] = []
+
+    def trace(prepared: Prepared) -> None:
+        if groups.device.type == "cuda":
+            alone.append(exposed(trace_step(prepared)))
+
+    got = bench.measure(case, groups, num_steps=num_steps, afterwards=trace)
+    return Row(got, largest(got.peak_gib, groups.device), *alone)
 
 
 def largest(value: float, device: torch.device) -> float:
