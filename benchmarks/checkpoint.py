@@ -1,9 +1,12 @@
 """How long training stands still for a save, and how fast its bytes reach the disk.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--hidden 1024] [--repeats 3] [--dir DIR]
+    torchrun --nproc-per-node 2 benchmarks/checkpoint.py ...
 
-One process, a small model trained in earnest. Asynchronous against synchronous saves of the same
+A small model trained in earnest on the CPU. Asynchronous against synchronous saves of the same
 state, and both against `cp` of the same files with a sync; the order changes from round to round.
+Several processes are data parallel: of these also, how long it takes to make ready what each of
+them saves of the optimizer, against Megatron-Core's `fully_reshardable`, which gathers it.
 """
 
 import argparse
@@ -18,7 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from megatron_dsv3.checkpoint.optimizer import optimizer_state
 from megatron_dsv3.checkpoint.saver import Saver
 from megatron_dsv3.commands.assemble import Engine, build_engine, build_model
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
@@ -58,7 +63,7 @@ def engine_of(arch: Architecture, groups: Groups) -> Engine:
         {
             "model": {"hf_dir": "none"},
             "data": {"paths": ["none"], "seq_length": LENGTH},
-            "train": {"global_batch_size": 1, "device": "cpu"},
+            "train": {"global_batch_size": groups.world_size, "device": "cpu"},
             "precision": {"compute": "bf16"},
             "output": {"dir": "none"},
         }
@@ -107,6 +112,30 @@ def timed_copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
+def timed_gathering(engine: Engine) -> dict[str, float]:
+    """Seconds until what this rank saves of the optimizer is there: ours, and Megatron-Core's."""
+    (chunk,) = engine.trainee.chunks
+    optimizer = engine.trainee.optimizer
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,
+    }
+    times = {}
+    for name in ("own states", "gathered states"):
+        models = {"model": chunk.sharded_state_dict(metadata={"singleton_local_shards": False})}
+        dist.barrier()
+        began = time.perf_counter()
+        with torch.no_grad():
+            if name == "own states":
+                optimizer_state(optimizer, models)
+            else:
+                optimizer.sharded_state_dict(models, metadata=metadata)
+        dist.barrier()
+        times[name] = time.perf_counter() - began
+    return times
+
+
 def main() -> None:
     """Prints the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -123,24 +152,33 @@ def main() -> None:
     times: dict[str, list[float]] = defaultdict(list)
     size = 0
     for number in range(options.repeats):
-        place = Path(tempfile.mkdtemp(dir=options.dir))
+        places = [Path(tempfile.mkdtemp(dir=options.dir))]
+        dist.broadcast_object_list(places)
+        (place,) = places
         for asynchronous in (True, False) if number % 2 else (False, True):
             name = "asynchronous" if asynchronous else "synchronous"
             found = timed_save(engine, batch, place / name, asynchronous=asynchronous)
             for key, value in found.items():
                 times[f"{name} {key}"].append(value)
-        saved = place / "synchronous" / "iter_0000001"
-        size = sum(file.stat().st_size for file in saved.iterdir())
-        times["copy"].append(timed_copy(saved, place / "copy"))
-        shutil.rmtree(place)
-    report({name: statistics.median(values) for name, values in times.items()}, size)
+        if groups.world_size > 1:
+            for key, value in timed_gathering(engine).items():
+                times[key].append(value)
+        if groups.rank == 0:
+            saved = place / "synchronous" / "iter_0000001"
+            size = sum(file.stat().st_size for file in saved.iterdir())
+            times["copy"].append(timed_copy(saved, place / "copy"))
+            shutil.rmtree(place)
+        dist.barrier()
+    if groups.rank == 0:
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        report(medians, size, groups.world_size)
     stop()
 
 
-def report(medians: dict[str, float], size: int) -> None:
+def report(medians: dict[str, float], size: int, num_ranks: int) -> None:
     """One line a kind of save."""
     gigabytes = size / 1e9
-    print(f"torch {torch.__version__}, one process, {gigabytes:.2f} GB a checkpoint; medians")
+    print(f"torch {torch.__version__}, {num_ranks} ranks, {gigabytes:.2f} GB a checkpoint; medians")
     print(f"{'':14}{'still, s':>10}{'until saved, s':>16}{'GB/s':>8}{'step meanwhile, s':>20}")
     for name in ("asynchronous", "synchronous"):
         still, whole = medians[f"{name} still"], medians[f"{name} whole"]
@@ -150,6 +188,12 @@ def report(medians: dict[str, float], size: int) -> None:
     print(f"{'cp and sync':14}{'':10}{medians['copy']:16.2f}{gigabytes / medians['copy']:8.2f}")
     ratio = medians["synchronous still"] / medians["asynchronous still"]
     print(f"training stands still {ratio:.1f} times longer for a synchronous save")
+    if num_ranks > 1:
+        own, gathered = medians["own states"], medians["gathered states"]
+        print(
+            f"what a rank saves of the optimizer is ready after {own:.2f} s; gathered by "
+            f"Megatron-Core after {gathered:.2f} s"
+        )
 
 
 if __name__ == "__main__":

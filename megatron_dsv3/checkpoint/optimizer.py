@@ -1,70 +1,129 @@
-"""The distributed optimizer's masters and moments, as whole tensors of the model's own shapes.
+"""The distributed optimizer's masters and moments, as tensors of the model's own shapes.
 
-Megatron-Core's `fully_reshardable` format: any layout loads it. Its common part (steps, rates) is
-nested by how many optimizers a rank chains, which depends on the layout; here that is undone.
+Megatron-Core's `fully_reshardable` format: any layout loads it. Megatron-Core gathers each tensor
+on one of the ranks that share it, through host memory and six times over, while training stands
+still; here each rank saves what it has, as a range of a parameter is a few boxes of it. The common
+part (steps, rates) is nested by how many optimizers a rank chains, which depends on the layout;
+here that is undone.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import param_group_identifier_keys
+from torch import Tensor
 
 SHARDING = "fully_reshardable"
 
 
-def optimizer_state(
-    optimizer: Any, models: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> dict[Any, Any]:
-    """Collective. What to save, in Megatron-Core's structure.
-
-    Where a rank alone holds its parameters' states (experts that are not replicated: nearly all of
-    a large model) they are taken as they are; Megatron-Core would copy them six times over to
-    gather them from one rank.
+def optimizer_state(optimizer: Any, models: Mapping[str, Any]) -> dict[Any, Any]:
+    """Collective. What to save, in Megatron-Core's structure; tensors of a GPU come to the host.
 
     Args:
         optimizer: A chain of distributed optimizers.
         models: Sharded states of this rank's chunks.
-        metadata: As Megatron-Core's own `sharded_state_dict` takes it.
     """
     parts = _parts(optimizer)
     if len(parts) > 1:
         optimizer._synchronize_steps()
-    states = [
-        _whole_state(part, models)
-        if part.data_parallel_group.size() == 1
-        else part.sharded_state_dict(models, metadata=dict(metadata))
-        for part in parts
-    ]
+    states = [_state(part, models) for part in parts]
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()  # until all have come
     return states[0] if len(states) == 1 else dict(enumerate(states))
 
 
-def _whole_state(part: Any, models: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an optimizer that shares its parameters with no other rank."""
+def _state(part: Any, models: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one optimizer; its tensors are numbered, as only their keys matter."""
     sharded = {id(base.data): base for base in nested_values(dict(models)) if hasattr(base, "data")}
+    is_shared = part.data_parallel_group.size() > 1
     states: dict[int, Any] = {}
-    for buffer in part.buffers:
-        for parameter in buffer.param_index_map:
-            model = sharded[id(parameter)]
-            tensors = part._get_main_param_and_optimizer_states(parameter)
-            states[len(states)] = {
-                name: _like(model, name, tensor)
-                for name, tensor in tensors.items()
-                if name == "param" or name in part.optimizer_state_keys
-            }
+    for parameter in part.model_param_gbuf_map:
+        tensors = part._get_main_param_and_optimizer_states(parameter)
+        for name, tensor in tensors.items():
+            if name == "param" or name in part.optimizer_state_keys:
+                whole = _like(sharded[id(parameter)], name)
+                own = part._get_model_param_range_map(parameter)["param"]
+                pieces = (
+                    _pieces(whole, tensor, own.start, part.distributed_optimizer_instance_id)
+                    if is_shared
+                    else [replace(whole, data=_on_host(tensor).view(whole.data.shape))]
+                )
+                states.update(enumerate(({name: piece} for piece in pieces), len(states)))
     return {**part.state_dict(), "param_state": states, "param_state_sharding_type": SHARDING}
 
 
-def _like(model: Any, name: str, flat: torch.Tensor) -> Any:
-    """A parameter's place in the whole model, with a state of it in its stead."""
-    tensor = flat.detach().float().view(model.data.shape)
-    changes = {"key": f"optimizer.state.{name}.{model.key}", "data": tensor}
+def _like(model: Any, name: str) -> Any:
+    """A parameter's place in the whole model, for a state of it."""
+    data = torch.empty(model.data.shape, dtype=torch.float32, device="meta")
+    changes = {"key": f"optimizer.state.{name}.{model.key}", "data": data}
     if isinstance(model, ShardedTensorFactory):
         return replace(model, **changes)
-    return replace(model, **changes, dtype=tensor.dtype)
+    return replace(model, **changes, dtype=data.dtype)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """In fp32; one at a time, as all of them in fp32 may not fit on a GPU beside the model."""
+    return tensor.detach().float().to("cpu", non_blocking=True)
+
+
+def _pieces(whole: Any, flat: Tensor, start: int, instance: int) -> Iterator[ShardedTensor]:
+    """This rank's range of a parameter as boxes of the whole model's tensors.
+
+    Args:
+        whole: The parameter's place, on the meta device: a tensor, or what makes several of it
+            (gate and up projection).
+        flat: From `start` of the flat parameter on.
+        start: As said.
+        instance: Of the distributed optimizer; all but the first save nothing.
+    """
+    made = whole.build() if isinstance(whole, ShardedTensorFactory) else {0: whole}
+    for tensor in nested_values(made):
+        first = tensor.data.storage_offset()
+        low, high = max(start, first), min(start + len(flat), first + tensor.data.numel())
+        num_leading = len(tensor.global_offset) - len(tensor.local_shape)
+        shape = (1,) * num_leading + tuple(tensor.local_shape)
+        for offsets, sizes in boxes(shape, low - first, high - first):
+            count = math.prod(sizes)
+            yield replace(
+                tensor,
+                data=_on_host(flat[low - start : low - start + count]).view(sizes),
+                local_shape=sizes,
+                global_offset=tuple(map(sum, zip(tensor.global_offset, offsets, strict=True))),
+                axis_fragmentations=None,  # no grid
+                prepend_axis_num=0,
+                replica_id=(*tensor.replica_id[:-1], instance),
+            )
+            low += count
+
+
+def boxes(
+    shape: Sequence[int], low: int, high: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, sizes) of the boxes that hold `low` to `high` of a flat tensor, in order.
+
+    At most two of each dimension but the first, and one.
+    """
+    if low >= high:
+        return
+    if len(shape) < 2:
+        yield (low,), (high - low,)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-low // row), high // row  # whole rows
+    if low < first * row:
+        before = (first - 1) * row
+        for offsets, sizes in boxes(shape[1:], low - before, min(high - before, row)):
+            yield (first - 1, *offsets), (1, *sizes)
+    if first < last:
+        yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+    if first <= last:
+        for offsets, sizes in boxes(shape[1:], 0, high - last * row):
+            yield (last, *offsets), (1, *sizes)
 
 
 def _parts(optimizer: Any) -> Sequence[Any]:

@@ -75,7 +75,7 @@ def request_save(
     models = _models(trainee, metadata)
     state: dict[str, Any] = {
         **models,
-        "optimizer": optimizer_state(trainee.optimizer, models, metadata),
+        "optimizer": optimizer_state(trainee.optimizer, models),
         "rng_state": _rng_object(trainee.groups, _rng_state(trainee.groups.device)),
         # The next four as Megatron-LM names them.
         "iteration": step,
@@ -159,8 +159,6 @@ def _metadata(groups: Groups) -> dict[str, Any]:
         "singleton_local_shards": False,
         "dp_cp_group": groups.collection.dp_cp,
         "distrib_optim_sharding_type": SHARDING,
-        # Gather in host memory: on a GPU the gathered states may not fit beside the model.
-        "distrib_optim_fully_reshardable_mem_efficient": groups.device.type == "cuda",
         "chained_optim_avoid_prefix": True,
     }
 

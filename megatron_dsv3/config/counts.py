@@ -7,6 +7,8 @@ from megatron_dsv3.config.architecture import Architecture
 CHECKPOINT_STATE_BYTES = 12
 """A parameter's in a checkpoint besides its weight: master and two moments, fp32 whatever they are
 in memory."""
+OFFLOADED_STATE_BYTES = 16
+"""A parameter's in host memory, with `optimizer.offload_fraction`: these, and its gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,22 @@ def _attention(arch: Architecture) -> int:
     down = arch.hidden_size * (arch.kv_lora_rank + arch.qk_rope_head_dim)
     output = arch.num_heads * arch.v_head_dim * arch.hidden_size
     return query + down + arch.kv_lora_rank * kv_dim + output
+
+
+def host_bytes_of_a_save(
+    arch: Architecture, *, weight_bytes: int = 2, offload_fraction: float, asynchronous: bool
+) -> float:
+    """Of a parameter, until the files are written, over all that is there anyway.
+
+    What is on GPUs comes to pinned memory, which torch allocates in powers of two; that is counted
+    for the matrices of an expert, of which nearly all of the model consists. What lives on the host
+    is there a second time where training goes on and changes it.
+    """
+    matrix = arch.moe_ffn_hidden_size * arch.hidden_size
+    pinned = (1 << (matrix - 1).bit_length()) / matrix
+    on_host = CHECKPOINT_STATE_BYTES * offload_fraction
+    on_gpu = weight_bytes + CHECKPOINT_STATE_BYTES - on_host
+    return pinned * on_gpu + (on_host if asynchronous else 0.0)
 
 
 def _dense_mlp(arch: Architecture) -> int:

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dsv3.config.architecture import Architecture
-from megatron_dsv3.config.counts import CHECKPOINT_STATE_BYTES, count_parameters
+from megatron_dsv3.config.counts import (
+    CHECKPOINT_STATE_BYTES,
+    OFFLOADED_STATE_BYTES,
+    count_parameters,
+    host_bytes_of_a_save,
+)
 from megatron_dsv3.config.job import Job
 from megatron_dsv3.convert.hf_plan import plan_shards
 from megatron_dsv3.data.manifest import read_manifest
@@ -25,7 +30,7 @@ class Needs:
     """The Hugging Face directories."""
     host: int
     """Memory of all hosts together: the optimizer, where it lives there, and a copy of what is
-    being saved, where training goes on meanwhile."""
+    being saved."""
 
 
 def needs_of(job: Job, arch: Architecture) -> Needs:
@@ -48,10 +53,16 @@ def needs_of(job: Job, arch: Architecture) -> Needs:
             kept += trained * weight * _times(steps, between)
     exported = sum(shard.nbytes for shard in plan_shards(arch, precision=job.output.dtype))
     exports = 1 + _times(steps, section.export_hf_every_steps)
-    host = int(trained * 12 * job.optimizer.offload_fraction)
-    if section.every_steps is not None and section.asynchronous:
-        host += full
-    return Needs(full, kept, exported * exports, host)
+    offloaded = job.optimizer.offload_fraction
+    host = trained * OFFLOADED_STATE_BYTES * offloaded
+    if section.every_steps is not None:
+        host += trained * host_bytes_of_a_save(
+            arch,
+            weight_bytes=weight,
+            offload_fraction=offloaded,
+            asynchronous=section.asynchronous,
+        )
+    return Needs(full, kept, exported * exports, int(host))
 
 
 def decimal(size: int) -> str:

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
-from megatron_dsv3.config.counts import CHECKPOINT_STATE_BYTES, count_parameters
+from megatron_dsv3.config.counts import (
+    CHECKPOINT_STATE_BYTES,
+    count_parameters,
+    host_bytes_of_a_save,
+)
 from megatron_dsv3.plan.records import GIB, Plan
 
 WEIGHT_BYTES = 2
@@ -23,7 +27,7 @@ class Costs:
     disk_tb: float
     """Checkpoints that are kept, the one under way, and the exported directory."""
     host_gib: float
-    """A node: states that live there, and the copy of an asynchronous save where it has room."""
+    """A node: states that live there, and the copy of a save, asynchronous where it has room."""
 
 
 def costs(plan: Plan, *, num_samples: int, num_epochs: int = 1) -> Costs:
@@ -40,18 +44,24 @@ def costs(plan: Plan, *, num_samples: int, num_epochs: int = 1) -> Costs:
         days=num_steps * step.total / 86400,
         checkpoint_tb=checkpoint / 1e12,
         disk_tb=((KEPT_CHECKPOINTS + 1) * checkpoint + numbers * WEIGHT_BYTES) / 1e12,
-        host_gib=plan.host_gib + (_copy_gib(plan) if saves_meanwhile(plan) else 0.0),
+        host_gib=plan.host_gib + _copy_gib(plan, asynchronous=saves_meanwhile(plan)),
     )
 
 
 def saves_meanwhile(plan: Plan) -> bool:
     """Whether a node's memory holds the copy that an asynchronous save takes."""
-    return plan.host_gib + _copy_gib(plan) <= HOST_SHARE * plan.cluster.host_memory_gib
+    needed = plan.host_gib + _copy_gib(plan, asynchronous=True)
+    return needed <= HOST_SHARE * plan.cluster.host_memory_gib
 
 
-def _copy_gib(plan: Plan) -> float:
-    nodes = plan.workload.world_size / plan.cluster.gpus_per_node
-    return _numbers(plan) * (WEIGHT_BYTES + CHECKPOINT_STATE_BYTES) / nodes / GIB
+def _copy_gib(plan: Plan, *, asynchronous: bool) -> float:
+    work = plan.workload
+    each = host_bytes_of_a_save(
+        work.arch,
+        offload_fraction=work.optimizer.offload_fraction,
+        asynchronous=asynchronous,
+    )
+    return _numbers(plan) * each / (work.world_size / plan.cluster.gpus_per_node) / GIB
 
 
 def _numbers(plan: Plan) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_dsv3.config.counts import OFFLOADED_STATE_BYTES
 from megatron_dsv3.config.sections import OptimizerSection, PrecisionSection
 from megatron_dsv3.model.gpt import DeepseekV3Model
 from megatron_dsv3.plan.build import DTYPES, Built
@@ -69,14 +70,15 @@ def count_states(built: Built, workload: Workload, build_optimizer: BuildOptimiz
 def optimizer_bytes(optimizer: OptimizerSection, precision: PrecisionSection) -> OptimizerBytes:
     """What `train.optimizer` makes Megatron-Core keep."""
     if optimizer.moments == "bf16":
-        # Transformer Engine's Adam keeps of a bf16 weight's master the 16 bits that bf16 lacks;
-        # FP8 recipes let Megatron-Core keep whole fp32 masters.
-        master = 2 if precision.fp8 == "off" and precision.compute == "bf16" else 4
+        # Transformer Engine's Adam keeps of a bf16 weight's master the 16 bits that bf16 lacks; of
+        # FP8 weights Megatron-Core keeps whole fp32 masters.
+        master = 2 if precision.compute == "bf16" and not precision.fp8_params else 4
         return OptimizerBytes(gpu=master + 2 + 2)
     master = 4 if precision.compute == "bf16" else 0  # fp32 weights are their own masters
     on_gpu, moments = 1 - optimizer.offload_fraction, 8
     # In host memory lie a copy of the weight, its gradient and both moments, all fp32.
-    return OptimizerBytes(gpu=(master + moments) * on_gpu, host=16 * optimizer.offload_fraction)
+    host = OFFLOADED_STATE_BYTES * optimizer.offload_fraction
+    return OptimizerBytes(gpu=(master + moments) * on_gpu, host=host)
 
 
 def _buffers(wrapped: Iterable[DistributedDataParallel]) -> Iterator[Any]:
@@ -150,12 +152,11 @@ def update_bytes(own: float, products: float, workload: Workload) -> int:
         # Transformer Engine casts all masters to bf16 before it casts the first of them to FP8, so
         # that weights are the same as with a copy in bf16.
         size += 2 * products
-    in_adam = optimizer.offload_fraction > 0 or (
-        optimizer.moments == "bf16" and precision.fp8 == "off"
-    )
+    in_adam = optimizer.moments == "bf16" and not precision.fp8_params
     if optimizer.gradients == "bf16" and not in_adam:
-        # Where Megatron-Core keeps the masters it hands Adam gradients of their type.
-        size += 4 * own
+        # Where Megatron-Core keeps the masters it hands Adam gradients of their type. Those of
+        # masters in host memory are copied to there.
+        size += 4 * own * (1 - optimizer.offload_fraction)
     return int(size)
 
 

@@ -15,6 +15,9 @@ import hf_reference
 import pytest
 from distributed.checkpoint_worker import OTHERS, SAME, SAVED_AFTER
 
+from megatron_dsv3.config.architecture import Architecture
+from megatron_dsv3.convert.sources import MegatronSource
+
 pytestmark = pytest.mark.slow
 TOLERANCE = 2e-5
 
@@ -32,7 +35,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
         command, capture_output=True, text=True, timeout=600, check=False, env=environment
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return json.loads((out / "results.json").read_text())
+    return json.loads((out / "results.json").read_text()) | {"directory": out}
 
 
 @pytest.mark.parametrize("layout", SAME)
@@ -41,6 +44,18 @@ def test_a_continued_run_is_the_same_run_bit_for_bit(results, layout):
     assert result["again"] == result["losses"][SAVED_AFTER:]
     assert result["unequal"] == []
     assert "iter_0000003" in result["told"][0]
+
+
+@pytest.mark.parametrize("layout", ["tp2_ep2", "pp2_vpp2_ep2"])
+def test_the_converter_reads_masters_that_ranks_share(results, layout):
+    """In fp32 they are the weights, which are whole in the files."""
+    directory = results["directory"] / layout / "iter_0000003"
+    arch = Architecture.from_hf(results["directory"] / "hf")
+    masters = MegatronSource.open(directory, arch, source="master")
+    weights = MegatronSource.open(directory, arch, source="weights")
+    names = list(masters.infos())
+    assert len(names) > 100
+    assert [name for name in names if not masters.read(name).equal(weights.read(name))] == []
 
 
 @pytest.mark.parametrize("layout", OTHERS)
