@@ -27,6 +27,7 @@ from megatron_dsv3.train import bench
 
 BF16_MOMENTS = OptimizerSection(moments="bf16")
 BF16_GRADIENTS = OptimizerSection(moments="bf16", gradients="bf16")
+HALF_ON_HOST = OptimizerSection(offload_fraction=0.5)
 FP8 = PrecisionSection(fp8="blockwise")
 FP8_PARAMETERS = PrecisionSection(fp8="blockwise", fp8_params=True)
 FULL = MemorySection(recompute="full")
@@ -142,6 +143,20 @@ JOBS = [
         name="fp8 parameters, 4 layers, inputs offloaded, bf16 moments, 8k",
         slice=FOUR, memory=INPUTS_OFFLOADED, precision=FP8_PARAMETERS, optimizer=BF16_MOMENTS,
         document_length=8192,
+    ),
+    Job(
+        name="fp8, 2 layers, bf16 moments and gradients, 4k",
+        slice=ONE_OF_EACH, precision=FP8, optimizer=BF16_GRADIENTS,
+    ),
+    Job(name="bf16, 2 layers, half on the host, 4k", slice=ONE_OF_EACH, optimizer=HALF_ON_HOST),
+    Job(
+        name="fp8, 2 layers, half on the host, bf16 gradients, 4k",
+        slice=ONE_OF_EACH, precision=FP8,
+        optimizer=OptimizerSection(offload_fraction=0.5, gradients="bf16"),
+    ),
+    Job(
+        name="fp8, 2 layers, on the host, 4k",
+        slice=ONE_OF_EACH, precision=FP8, optimizer=OptimizerSection(offload_fraction=1.0),
     ),
     Job(
         name="bf16, 4 layers, all offloaded, bf16 moments, 8k",

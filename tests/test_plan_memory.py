@@ -30,7 +30,11 @@ from megatron_dsv3.train.bench import slice_of_v3
 from megatron_dsv3.train.optimizer import build_optimizer
 
 DATA = Path(__file__).parent / "data"
-JOBS = json.loads((DATA / "h100_jobs.json").read_text())["jobs"]
+JOBS = [
+    job
+    for card in ("h100", "h200")
+    for job in json.loads((DATA / f"{card}_jobs.json").read_text())["jobs"]
+]
 MODULES = json.loads((DATA / "h100_modules.json").read_text())["modules"]
 FULL = MemorySection(recompute="full")
 SELECTIVE = MemorySection(recompute="selective")
@@ -64,7 +68,7 @@ def measured_workload(job: dict) -> Workload:
 
 
 @pytest.mark.parametrize("job", JOBS, ids=[job["name"] for job in JOBS])
-def test_a_job_takes_the_memory_that_an_h100_measured(job):
+def test_a_job_takes_the_memory_that_was_measured(job):
     (stage,) = count_memory(measured_workload(job), build_optimizer)
     # The workspaces were there before the job was measured.
     predicted = stage.allocated - GEMM_WORKSPACES
@@ -207,7 +211,8 @@ def test_states_of_the_671b_are_those_of_its_published_layout():
     [
         ({}, PrecisionSection(), 12, 0),
         ({"moments": "bf16"}, PrecisionSection(), 6, 0),
-        ({"moments": "bf16"}, FP8, 8, 0),
+        ({"moments": "bf16"}, FP8, 6, 0),
+        ({"moments": "bf16"}, FP8_WEIGHTS, 8, 0),
         ({"offload_fraction": 0.5}, PrecisionSection(), 6, 8),
         ({}, PrecisionSection(compute="fp32"), 8, 0),
     ],

@@ -81,7 +81,7 @@ def test_offloading_all_is_not_promised_faster_than_an_h100_was(speed):
 
 
 def test_no_measured_job_is_left_out():
-    assert len(MEASURED) >= 17
+    assert len(MEASURED) >= 16
 
 
 @pytest.mark.parametrize(("ms", "changes"), PUBLISHED.values(), ids=PUBLISHED)

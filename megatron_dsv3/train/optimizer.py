@@ -12,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsv3.config.sections import OptimizerSection, ScheduleSection
+from megatron_dsv3.train.host_states import refine
 from megatron_dsv3.train.remainders import keep_masters_whole
 
 
@@ -25,6 +26,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=has_gloo)
     for part in optimizer.chained_optimizers:
         keep_masters_whole(part)
+    refine(optimizer)
     return optimizer
 
 
@@ -49,7 +51,9 @@ def optimizer_config(section: OptimizerSection, model: Any, *, dtype: torch.dtyp
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_param_gather=section.overlap_param_gather,
-        fp8_recipe=model.fp8_recipe if model.fp8 else None,
+        # FP8 products of bf16 weights are not the optimizer's business. Told of them, Megatron-Core
+        # would keep fp32 masters, and copy bf16 gradients to fp32, where moments are bf16.
+        fp8_recipe=model.fp8_recipe if model.fp8 and model.fp8_param else None,
         **_states(section),
     )
 

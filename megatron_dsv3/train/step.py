@@ -352,7 +352,7 @@ def loss_weights(counted: Tensor, mtp_loss_weight: float) -> Tensor:
     (paper eq. 25).
     """
     weights = torch.full_like(counted, mtp_loss_weight / max(len(counted) - 1, 1))
-    weights[0] = 1.0
+    weights[:1].fill_(1.0)  # a number set by its index is a copy that the host waits for
     return torch.where(counted > 0, weights / counted, 0.0).float()
 
 
