@@ -18,8 +18,10 @@ from tiny_engine import (
     train_step,
     weights,
 )
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_dsv3.checkpoint.directory import LATEST, checkpoints, find_newest
+from megatron_dsv3.checkpoint.headers import read_metadata
 from megatron_dsv3.checkpoint.saver import Saver
 from megatron_dsv3.checkpoint.store import load
 from megatron_dsv3.checkpoint.writer import SaveError
@@ -108,6 +110,16 @@ def test_stock_code_reads_every_tensor_of_a_checkpoint(engine, tmp_path):
     assert common["iteration"] == 1
     assert common["opt_param_scheduler"]["num_steps"] == 1
     assert (tmp_path / LATEST).read_text() == "1\n"
+
+
+def test_files_say_nothing_of_pinned_memory(engine, tmp_path, monkeypatch):
+    """As it is on a GPU, whose tensors come to the host that way."""
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda *_: True)
+    _save(_saver(engine, tmp_path)[0], 1)
+    stored = read_metadata(tmp_path / "iter_0000001").state_dict_metadata.values()
+    tensors = [item for item in stored if isinstance(item, TensorStorageMetadata)]
+    assert len(tensors) > 50
+    assert not any(tensor.properties.pin_memory for tensor in tensors)
 
 
 def test_weights_alone_can_be_loaded(engine, groups, hf_dir, tmp_path):

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dsv3.checkpoint.directory import OPTIMIZER_FILES, commit, incomplete_name
 from megatron_dsv3.checkpoint.manifest import write_manifest, write_part
@@ -113,10 +113,22 @@ def plan_save(
         content_metadata=dict(content_metadata),
     )
     writer, metadata = strategy.planned
+    if metadata is not None:
+        forget_pinning(metadata)
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     write = partial(_write, transforms, incomplete, os.getpid())
     end = partial(_finish, writer, metadata, incomplete, step, groups)
     return request._replace(async_fn=write, finalize_fns=[end])
+
+
+def forget_pinning(metadata: Metadata) -> None:
+    """On their way from a GPU tensors are in pinned memory, which is no property of theirs.
+
+    torch's own tools would allocate such memory for them, where there may be no GPU.
+    """
+    for stored in metadata.state_dict_metadata.values():
+        if isinstance(stored, TensorStorageMetadata):
+            stored.properties.pin_memory = False
 
 
 def _make_directory(folder: Path, step: int, groups: Groups) -> Path:
