@@ -8,11 +8,9 @@ in place with as many threads (8 and 4 bytes) shows what the memory gives.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from fp8_blocks import seconds
 
 UPDATE_BYTES, ADD_BYTES = 28, 12
 """Read and written of a parameter, and of a sum."""
@@ -42,17 +40,6 @@ def main() -> None:
             f" {rate / limit:.2f} of adding ({limit:.1f} GB/s)",
             flush=True,
         )
-
-
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median, after a first time that allocates."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":
