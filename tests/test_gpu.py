@@ -94,6 +94,7 @@ KERNELS = {
     "packed attention": KernelsSection(dense_single_documents=False),
     "fused loss": KernelsSection(fused_loss=True),
     "router in torch": KernelsSection(fused_router=False),
+    "compiled swiglu": KernelsSection(fused_swiglu=False),
 }
 
 

@@ -21,7 +21,7 @@ CUDA_ONLY = {
     "use_cpu_initialization", "attention_backend", "bias_activation_fusion",
     "gradient_accumulation_fusion", "moe_permute_fusion",
     "apply_rope_fusion", "dense_single_documents", "cross_entropy_loss_fusion",
-    "cross_entropy_fusion_impl", "moe_router_fusion",
+    "cross_entropy_fusion_impl", "moe_router_fusion", "fused_swiglu", "fused_update",
 }  # fmt: skip
 """Fields that choose a kernel or a place, never a number."""
 

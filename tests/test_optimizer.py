@@ -140,6 +140,7 @@ def test_gradients_are_clipped_wherever_the_optimizer_keeps_them(groups, decoupl
             clip_grad=1.0, use_precision_aware_optimizer_no_fp8_or_ds_fp8=decoupled
         ),
         get_parameters=lambda: [parameter],
+        optimizer=None,
     )
     chained = SimpleNamespace(
         chained_optimizers=[part],

@@ -38,11 +38,17 @@ WIDE = MemorySection(
     recompute="selective",
     recompute_modules=("mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"),
 )
-PLAIN = KernelsSection(fused_rope=False, dense_single_documents=False, fused_router=False)
+PLAIN = KernelsSection(
+    fused_rope=False, dense_single_documents=False, fused_router=False, fused_swiglu=False,
+    fused_update=False,
+)  # fmt: skip
 PACKED = KernelsSection(dense_single_documents=False)
 FUSED_LOSS = KernelsSection(fused_loss=True)
+COMPILED_SWIGLU = KernelsSection(fused_loss=True, fused_swiglu=False)
+UPDATE_IN_TWO = KernelsSection(fused_loss=True, fused_update=False)
 ROUTER_IN_TORCH = KernelsSection(fused_router=False)
 FULL_VOCABULARY = slice_of_v3(vocab_size=129280)
+MANY_EXPERTS = slice_of_v3(num_experts=32)
 BF16_STATES = OptimizerSection(moments="bf16", gradients="bf16")
 FASTEST_FP8: Mapping[str, Any] = {
     "precision": FP8,
@@ -83,7 +89,24 @@ CASES = [
         precision=FP8, num_micro_batches=4, kernels=ROUTER_IN_TORCH,
     ),
     Case(name="fp8 4x4k fastest", num_micro_batches=4, **FASTEST_FP8),
+    Case(
+        name="fp8 4x4k fastest compiled swiglu",
+        num_micro_batches=4, **{**FASTEST_FP8, "kernels": COMPILED_SWIGLU},
+    ),
+    Case(
+        name="fp8 4x4k fastest update by Transformer Engine",
+        num_micro_batches=4, **{**FASTEST_FP8, "kernels": UPDATE_IN_TWO},
+    ),
     Case(name="fp8 8x4k", precision=FP8, num_micro_batches=8),
+    # A quarter of the tokens for each expert, as with EP8 of the 671B: launches count.
+    Case(
+        name="bf16 4x4k 32 experts",
+        arch=MANY_EXPERTS, num_micro_batches=4, optimizer=BF16_MOMENTS,
+    ),
+    Case(
+        name="fp8 4x4k 32 experts",
+        arch=MANY_EXPERTS, precision=FP8, num_micro_batches=4, optimizer=BF16_MOMENTS,
+    ),
     Case(name="fp8 2x(2x4k)", precision=FP8, num_micro_batches=2, num_documents=2),
     Case(name="fp8 2x(2x4k) fastest", num_micro_batches=2, num_documents=2, **FASTEST_FP8),
     Case(name="fp8 1x(4x4k)", precision=FP8, num_documents=4, memory=SELECTIVE),

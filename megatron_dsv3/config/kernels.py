@@ -21,3 +21,9 @@ class KernelsSection(Section):
     """Scores, choice and weights of the experts by one kernel of Transformer Engine instead of 20,
     in fp32. For models that score a group by as many experts as DeepSeek-V3: top-k over groups a
     token is 2."""
+    fused_swiglu: bool = True
+    """The dense layers' SwiGLU by Transformer Engine's kernels. Megatron-Core's are compiled for
+    all widths at once, which made their backward six times slower than memory allows."""
+    fused_update: bool = True
+    """Clipping and AdamW by one Triton kernel, instead of two passes over the gradients. Not where
+    states are in host memory."""

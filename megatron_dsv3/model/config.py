@@ -30,6 +30,10 @@ class DeepseekV3Config(MLATransformerConfig):
     """Round YaRN's bounds to whole dimensions."""
     dense_single_documents: bool = False
     """Attention of a row of one document is that of an unpacked row."""
+    fused_swiglu: bool = False
+    """The dense layers' SwiGLU is Transformer Engine's."""
+    fused_update: bool = False
+    """The optimizer clips and updates by one kernel."""
 
 
 def mcore_config(
@@ -236,6 +240,8 @@ def _device(
         "moe_router_fusion": kernels.fused_router,
         "apply_rope_fusion": kernels.fused_rope and half and has_yarn,
         "dense_single_documents": kernels.dense_single_documents and half,
+        "fused_swiglu": kernels.fused_swiglu,
+        "fused_update": kernels.fused_update,
         "cross_entropy_loss_fusion": kernels.fused_loss and half,
         "cross_entropy_fusion_impl": "te" if kernels.fused_loss and half else "native",
     }

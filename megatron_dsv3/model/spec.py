@@ -1,6 +1,7 @@
 """Layer specs of DeepSeek-V3 for either backend: Transformer Engine's modules, or plain torch."""
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -169,6 +170,25 @@ class TorchLatentAttention(LatentAttention):
             mla.TELinear = original
 
 
+class DenseMLP(MLP):
+    """MLP with Transformer Engine's SwiGLU.
+
+    Megatron-Core's is compiled, for several widths at once after those of the shared experts: its
+    backward then took 1.2 ms for 4096 tokens of DeepSeek-V3's 18432, 0.2 of which memory needs
+    (H200).
+    """
+
+    def __init__(
+        self, config: DeepseekV3Config, submodules: MLPSubmodules, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        if config.fused_swiglu and submodules.activation_func is not None:
+            self.config = copy(config)  # of this module alone: the experts' is weighted
+            self.config.bias_activation_fusion = False
+            self.config.use_te_activation_func = True
+            self.activation_func = submodules.activation_func(config=self.config)
+
+
 def block_specs(
     config: DeepseekV3Config, stage: Stage, *, transformer_engine: bool
 ) -> tuple[TransformerBlockSubmodules, MultiTokenPredictionBlockSubmodules | None]:
@@ -231,8 +251,9 @@ def _dense_mlp(backend: Any) -> Any:
     submodules = MLPSubmodules(
         linear_fc1=backend.column_parallel_layer_norm_linear(),
         linear_fc2=backend.row_parallel_linear(),
+        activation_func=backend.activation_func(),
     )
-    return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return partial(DenseMLP.as_mlp_submodule, submodules=submodules)
 
 
 def _sparse_mlp(backend: Any) -> Any:

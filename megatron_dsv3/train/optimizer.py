@@ -12,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsv3.config.sections import OptimizerSection, ScheduleSection
+from megatron_dsv3.train.fused_update import FusedUpdate, fuse_updates
 from megatron_dsv3.train.host_states import refine
 from megatron_dsv3.train.remainders import keep_masters_whole
 
@@ -27,6 +28,8 @@ def build_optimizer(
     for part in optimizer.chained_optimizers:
         keep_masters_whole(part)
     refine(optimizer)
+    if chunks[0].config.fused_update:
+        fuse_updates(optimizer)
     return optimizer
 
 
@@ -118,8 +121,10 @@ def clip_and_update(optimizer: Any, norm: float) -> None:
     changes.
     """
     for part in optimizer.chained_optimizers:
-        parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
+        parameters, update = part.get_parameters(), getattr(part.optimizer, "step", None)
+        if isinstance(update, FusedUpdate):
+            update.factor = clip_factor(norm, part.config.clip_grad)
+        elif parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
                 parameters,
                 max_norm=part.config.clip_grad,
@@ -128,3 +133,8 @@ def clip_and_update(optimizer: Any, norm: float) -> None:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
+
+
+def clip_factor(norm: float, clip_grad: float) -> float:
+    """What brings gradients of this norm to at most `clip_grad`, as Megatron-Core counts it."""
+    return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
