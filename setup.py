@@ -42,7 +42,8 @@ REQUIREMENTS = [
 EXTRAS = {
     # core_cu13 because PyPI's torch 2.11 is the CUDA 13 build. transformer-engine-torch is compiled
     # against the torch that it finds: pip install --no-build-isolation.
-    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20,<3"],
+    # Triton comes with torch's CUDA build, which pins it.
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20,<3", "triton>=3.6,<4"],
     # vLLM pins one torch per release, 0.24 to 0.26 pin 2.11. A newer vLLM goes into an environment
     # of its own, without this package: all it needs is the exported directory.
     "serve": ["vllm>=0.24,<0.27"],

@@ -78,6 +78,13 @@ def test_an_update_is_that_of_torchs_adamw(kernel, has_remainder):
     torch.testing.assert_close(ours[1].double(), exp_avg_sq, rtol=1e-6, atol=1e-30)
 
 
+def test_the_first_moments_are_corrected_by_what_they_were_multiplied_by(kernel):
+    group = {"lr": LR, "betas": (0.9, 0.999), "eps": EPS, "weight_decay": DECAY, "step": 1}
+    corrections = kernel.Hyperparameters.of(group).corrections
+    in_fp32 = [float(1 - torch.tensor(beta, dtype=torch.float32)) for beta in (0.9, 0.999)]
+    assert corrections == pytest.approx(in_fp32, rel=1e-7)
+
+
 def test_a_weight_with_remainder_has_every_bit_of_an_fp32_master(kernel):
     whole, (weight, remainder) = _weights(), split(_weights())
     kept, rounded = [[torch.zeros(SIZE), torch.zeros(SIZE)] for _ in range(2)]

@@ -34,17 +34,17 @@ at a time, into the same memory. Assumed."""
 LINK_SHARE_ALONE = 0.85
 """Of a GPU that is alone. Fitted to two jobs on an H100."""
 LAUNCH_SECONDS: Mapping[Unit, tuple[float, float]] = {
-    "dense": (6e-3, 13e-3), "moe": (10e-3, 22e-3), "mtp": (11e-3, 24e-3), "head": (1e-3, 2e-3),
+    "dense": (5e-3, 7e-3), "moe": (10e-3, 14e-3), "mtp": (11e-3, 15e-3), "head": (1e-3, 1e-3),
 }  # fmt: skip
-"""What the host needs to start the kernels of a unit, forward and backward. FP8 blocks with one
-micro-batch of 4096 tokens took 86 to 117 ms on three hosts for a dense, two expert layers and the
-head, as long as the host. With `LAUNCHED_EXPERTS` on the rank."""
+"""What the host needs to start the kernels of a unit, forward and backward, with
+`LAUNCHED_EXPERTS` on the rank. Fitted to FP8 blocks in one, four and eight micro-batches of 4096
+tokens on an H200 with 16 cores (docs/benchmarks.md); hosts with other work take longer."""
 LAUNCHED_EXPERTS = 8
 EXPERT_LAUNCH_SECONDS: Mapping[Literal["bf16", "fp8"], tuple[float, float]] = {
-    "bf16": (0.17e-3, 0.33e-3), "fp8": (0.27e-3, 0.53e-3),
+    "bf16": (0.1e-3, 0.15e-3), "fp8": (0.17e-3, 0.25e-3),
 }  # fmt: skip
 """What each further expert of the rank needs, forward and backward: it is quantised and multiplied
-by launches of its own. Fitted to 32 experts on each of two H200 (docs/benchmarks.md)."""
+by launches of its own. Fitted to 32 experts on the same card."""
 
 
 @dataclass(frozen=True, slots=True)

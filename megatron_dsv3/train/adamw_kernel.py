@@ -8,6 +8,7 @@ bits that it lacks (`remainders`).
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,6 +28,16 @@ class Hyperparameters:
     weight_decay: float
     step: int
     """From 1; the moments' bias is corrected by it."""
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        """What the moments are divided by.
+
+        Of betas in fp32, as the kernel has them: 1 - 0.999 is there another number by 1e-5 of
+        itself, which the first updates would not lose.
+        """
+        first, second = (1.0 - float(np.float32(b)) ** self.step for b in (self.beta1, self.beta2))
+        return first, second
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Hyperparameters":
@@ -81,8 +92,7 @@ def update(
         hyper.lr,
         hyper.beta1,
         hyper.beta2,
-        1.0 - hyper.beta1**hyper.step,
-        1.0 - hyper.beta2**hyper.step,
+        *hyper.corrections,
         hyper.eps,
         hyper.weight_decay,
         has_remainder=remainder is not None,
