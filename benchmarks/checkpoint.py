@@ -6,7 +6,8 @@
 A small model trained in earnest on the CPU. Asynchronous against synchronous saves of the same
 state, and both against `cp` of the same files with a sync; the order changes from round to round.
 Several processes are data parallel: of these also, how long it takes to make ready what each of
-them saves of the optimizer, against Megatron-Core's `fully_reshardable`, which gathers it.
+them saves of the optimizer, against Megatron-Core's `fully_reshardable`, which gathers it, and to
+load it, where Megatron-Core reads all of it on each.
 """
 
 import argparse
@@ -19,12 +20,17 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_dsv3.checkpoint.optimizer import optimizer_state
+from megatron_dsv3.checkpoint.optimizer import SHARDING, optimizer_state, param_states
 from megatron_dsv3.checkpoint.saver import Saver
+from megatron_dsv3.checkpoint.store import load
 from megatron_dsv3.commands.assemble import Engine, build_engine, build_model
 from megatron_dsv3.config.architecture import DEEPSEEK_V3, Architecture
 from megatron_dsv3.config.job import Job
@@ -136,6 +142,44 @@ def timed_gathering(engine: Engine) -> dict[str, float]:
     return times
 
 
+def timed_loading(engine: Engine, path: Path) -> dict[str, float]:
+    """Seconds until weights and optimizer are loaded, and GB asked for: ours, Megatron-Core's."""
+    (chunk,) = engine.trainee.chunks
+    optimizer = engine.trainee.optimizer
+    sharded = {"singleton_local_shards": False}
+    metadata = {**sharded, "distrib_optim_sharding_type": SHARDING}
+    models = {"model": chunk.sharded_state_dict(metadata=sharded)}
+    wanted = {
+        "own": param_states(optimizer, models),
+        "whole": optimizer.sharded_state_dict(models, is_loading=True, metadata=metadata),
+    }
+    found = {f"{name} asked for": gigabytes_of(states) for name, states in wanted.items()}
+    wanted.clear()
+    dist.barrier()
+    began = time.perf_counter()
+    load(engine.trainee, path)
+    dist.barrier()
+    found["own loaded"] = time.perf_counter() - began
+    began = time.perf_counter()
+    with torch.no_grad():
+        models["optimizer"] = optimizer.sharded_state_dict(
+            models, is_loading=True, metadata=metadata
+        )
+        state = dist_checkpointing.load(models, str(path), strict="ignore_all")
+        chunk.load_state_dict(state["model"], strict=True)
+        optimizer.load_state_dict(state["optimizer"])
+    dist.barrier()
+    found["whole loaded"] = time.perf_counter() - began
+    return found
+
+
+def gigabytes_of(states: dict[Any, Any]) -> float:
+    """Of all tensors asked for."""
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    asked = (base for base in nested_values(states) if isinstance(base, kinds))
+    return sum(base.data.nbytes for base in asked) / 1e9
+
+
 def main() -> None:
     """Prints the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -161,7 +205,8 @@ def main() -> None:
             for key, value in found.items():
                 times[f"{name} {key}"].append(value)
         if groups.world_size > 1:
-            for key, value in timed_gathering(engine).items():
+            saved = place / "synchronous" / "iter_0000001"
+            for key, value in (timed_gathering(engine) | timed_loading(engine, saved)).items():
                 times[key].append(value)
         if groups.rank == 0:
             saved = place / "synchronous" / "iter_0000001"
@@ -193,6 +238,11 @@ def report(medians: dict[str, float], size: int, num_ranks: int) -> None:
         print(
             f"what a rank saves of the optimizer is ready after {own:.2f} s; gathered by "
             f"Megatron-Core after {gathered:.2f} s"
+        )
+        print(
+            f"rank 0 loads {medians['own asked for']:.2f} GB of the optimizer, all of it in "
+            f"{medians['own loaded']:.2f} s; as Megatron-Core does {medians['whole asked for']:.2f}"
+            f" GB in {medians['whole loaded']:.2f} s"
         )
 
 

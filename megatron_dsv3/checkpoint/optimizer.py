@@ -2,9 +2,9 @@
 
 Megatron-Core's `fully_reshardable` format: any layout loads it. Megatron-Core gathers each tensor
 on one of the ranks that share it, through host memory and six times over, while training stands
-still; here each rank saves what it has, as a range of a parameter is a few boxes of it. The common
-part (steps, rates) is nested by how many optimizers a rank chains, which depends on the layout;
-here that is undone.
+still, and loads it whole on all of them; here each rank saves and loads its range of it, which is a
+few boxes. The common part (steps, rates) is nested by how many optimizers a rank chains, which
+depends on the layout; here that is undone.
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import param_group_identifier_keys
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def optimizer_state(optimizer: Any, models: Mapping[str, Any]) -> dict[Any, Any]
 
 def _state(part: Any, models: Mapping[str, Any]) -> dict[str, Any]:
     """Of one optimizer; its tensors are numbered, as only their keys matter."""
-    sharded = {id(base.data): base for base in nested_values(dict(models)) if hasattr(base, "data")}
+    sharded = _by_parameter(models)
     is_shared = part.data_parallel_group.size() > 1
     states: dict[int, Any] = {}
     for parameter in part.model_param_gbuf_map:
@@ -55,6 +56,11 @@ def _state(part: Any, models: Mapping[str, Any]) -> dict[str, Any]:
                 )
                 states.update(enumerate(({name: piece} for piece in pieces), len(states)))
     return {**part.state_dict(), "param_state": states, "param_state_sharding_type": SHARDING}
+
+
+def _by_parameter(models: Mapping[str, Any]) -> dict[int, Any]:
+    """Places in the whole model by the `id` of this rank's parameter."""
+    return {id(base.data): base for base in nested_values(dict(models)) if hasattr(base, "data")}
 
 
 def _like(model: Any, name: str) -> Any:
@@ -131,16 +137,29 @@ def _parts(optimizer: Any) -> Sequence[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def param_states(
-    optimizer: Any, models: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> dict[int, Any]:
-    """What to load, in a structure of our own: the saved one depends on the number of parts."""
-    return {
-        index: part.sharded_state_dict(models, is_loading=True, metadata=dict(metadata))[
-            "param_state"
-        ]
-        for index, part in enumerate(_parts(optimizer))
-    }
+def param_states(optimizer: Any, models: Mapping[str, Any]) -> dict[int, Any]:
+    """What to load: part -> parameter -> name of a state -> boxes, of this rank's ranges alone.
+
+    Megatron-Core asks for each parameter whole, on every rank that has a range of it.
+
+    Args:
+        optimizer: A chain of distributed optimizers.
+        models: Sharded states of this rank's chunks.
+    """
+    return {index: _wanted(part, models) for index, part in enumerate(_parts(optimizer))}
+
+
+def _wanted(part: Any, models: Mapping[str, Any]) -> dict[int, dict[str, dict[int, Any]]]:
+    sharded = _by_parameter(models)
+    names = ("param", *part.optimizer_state_keys)
+    wanted: dict[int, dict[str, dict[int, Any]]] = {}
+    for number, parameter in enumerate(part.model_param_gbuf_map):
+        own = part._get_model_param_range_map(parameter)["param"]
+        for name in names:
+            whole = _like(sharded[id(parameter)], name)
+            pieces = _pieces(whole, torch.empty(len(own)), own.start, instance=0)
+            wanted.setdefault(number, {})[name] = dict(enumerate(pieces))
+    return wanted
 
 
 def restore_optimizer(
@@ -151,7 +170,7 @@ def restore_optimizer(
     Args:
         optimizer: A chain of distributed optimizers.
         common: Of the checkpoint.
-        param_states: As `param_states` asked for it, loaded.
+        param_states: As `param_states` asked for it, loaded; emptied on the way.
 
     Raises:
         ValueError: A parameter group has no saved one of its kind.
@@ -159,13 +178,20 @@ def restore_optimizer(
     groups = _saved_groups(common["optimizer"])
     for index, part in enumerate(_parts(optimizer)):
         current = part.state_dict()["optimizer"]["param_groups"]
-        part.load_state_dict(
-            {
-                "optimizer": {"param_groups": [_match(group, groups) for group in current]},
-                "param_state": param_states[index],
-                "param_state_sharding_type": SHARDING,
-            }
-        )
+        matched = [_match(group, groups) for group in current]
+        part.load_state_dict({"optimizer": {"param_groups": matched}})
+        for number, parameter in enumerate(part.model_param_gbuf_map):
+            states = param_states[index].pop(number)
+            part._set_main_param_and_optimizer_states(
+                parameter, {name: _joined(pieces) for name, pieces in states.items()}
+            )
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def _joined(pieces: Mapping[int, Tensor]) -> Tensor:
+    """The flat range that `_pieces` made them of."""
+    return torch.cat([pieces[number].flatten() for number in range(len(pieces))])
 
 
 def _saved_groups(saved: Mapping[Any, Any]) -> list[dict[str, Any]]:

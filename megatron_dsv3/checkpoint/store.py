@@ -133,7 +133,7 @@ def _load(trainee: Trainee, path: Path, *, optimizer: bool) -> Loaded:
     metadata = _metadata(trainee.groups)
     wanted: dict[str, Any] = _models(trainee, metadata)
     if optimizer:
-        wanted["param_states"] = param_states(trainee.optimizer, dict(wanted), metadata)
+        wanted["param_states"] = param_states(trainee.optimizer, dict(wanted))
     if exact_rng:
         wanted["rng_state"] = _rng_object(trainee.groups, {})
     names = [name for name in wanted if name.startswith("model")]
