@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--smoke", action="store_true", help="tiny layers on CPUs")
     arguments = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        parser.error("expected 2, 4 or 8 processes of torchrun; for one: `megatron-dsv3 bench`")
     if arguments.smoke:
         cpu.enable()
     device = device_of("cpu" if arguments.smoke else "cuda")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import psutil
 import pytest
@@ -39,10 +40,16 @@ def killed_before(number, folder, target, path):
                     kill_self()
 
         sys.addaudithook(count)
-        run(target, path, replace=True)
+        try:
+            run(target, path, replace=True)
+        except BaseException:  # the tests after this one are the parent's
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL), f"the child before deed {number} ended with {code}"
+    return code != 0
 
 
 def test_a_run_killed_at_any_moment_leaves_a_whole_store_or_none(tmp_path, monkeypatch):
