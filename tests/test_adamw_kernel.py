@@ -85,6 +85,13 @@ def test_the_first_moments_are_corrected_by_what_they_were_multiplied_by(kernel)
     assert corrections == pytest.approx(in_fp32, rel=1e-7)
 
 
+def test_rates_and_steps_of_a_checkpoint_may_be_tensors(kernel):
+    group = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "step": 3}
+    tensors = {**group, "lr": torch.tensor(LR, dtype=torch.float64), "step": torch.tensor(3)}
+    assert kernel.Hyperparameters.of(tensors) == kernel.Hyperparameters.of(group)
+    assert type(kernel.Hyperparameters.of(tensors).corrections[0]) is float
+
+
 def test_a_weight_with_remainder_has_every_bit_of_an_fp32_master(kernel):
     whole, (weight, remainder) = _weights(), split(_weights())
     kept, rounded = [[torch.zeros(SIZE), torch.zeros(SIZE)] for _ in range(2)]

@@ -43,7 +43,9 @@ class Hyperparameters:
     def of(cls, group: dict[str, Any]) -> "Hyperparameters":
         """From a group of FusedAdam, whose `step` has been counted up."""
         beta1, beta2 = group["betas"]
-        return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"])
+        # Numbers even where a checkpoint brought tensors: Triton would take those for pointers.
+        lr, eps, decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
+        return cls(lr, beta1, beta2, eps, decay, int(group["step"]))
 
 
 def update(
