@@ -204,12 +204,11 @@ def main() -> None:
             found = timed_save(engine, batch, place / name, asynchronous=asynchronous)
             for key, value in found.items():
                 times[f"{name} {key}"].append(value)
+        saved = place / "synchronous" / "iter_0000001"
         if groups.world_size > 1:
-            saved = place / "synchronous" / "iter_0000001"
             for key, value in (timed_gathering(engine) | timed_loading(engine, saved)).items():
                 times[key].append(value)
         if groups.rank == 0:
-            saved = place / "synchronous" / "iter_0000001"
             size = sum(file.stat().st_size for file in saved.iterdir())
             times["copy"].append(timed_copy(saved, place / "copy"))
             shutil.rmtree(place)

@@ -268,6 +268,12 @@ def test_kernels_are_taken_on_a_gpu_as_asked_for(given, changes, expected):
     assert tuple(values[name] for name in KERNEL_FIELDS) == expected
 
 
+@pytest.mark.parametrize("name", ["fused_swiglu", "fused_update"])
+def test_a_kernel_can_be_left_out(given, name):
+    assert given(device=CUDA)[name] is True
+    assert given(device=CUDA, kernels=KernelsSection(**{name: False}))[name] is False
+
+
 def test_options_come_last(given):
     options = {"recompute_granularity": "full", "moe_aux_loss_coeff": 0.5}
     values = given(options=options)

@@ -173,8 +173,8 @@ class TorchLatentAttention(LatentAttention):
 class DenseMLP(MLP):
     """MLP with Transformer Engine's SwiGLU.
 
-    Megatron-Core's is compiled, for several widths at once after those of the shared experts: its
-    backward then took 1.2 ms for 4096 tokens of DeepSeek-V3's 18432, 0.2 of which memory needs
+    Megatron-Core's is compiled, for any width once the shared experts come with another: its
+    backward then took up to 1.5 ms for 4096 tokens of DeepSeek-V3's 18432, where memory needs 0.2
     (H200).
     """
 

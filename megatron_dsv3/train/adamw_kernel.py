@@ -26,18 +26,8 @@ class Hyperparameters:
     beta2: float
     eps: float
     weight_decay: float
-    step: int
-    """From 1; the moments' bias is corrected by it."""
-
-    @property
-    def corrections(self) -> tuple[float, float]:
-        """What the moments are divided by.
-
-        Of betas in fp32, as the kernel has them: 1 - 0.999 is there another number by 1e-5 of
-        itself, which the first updates would not lose.
-        """
-        first, second = (1.0 - float(np.float32(b)) ** self.step for b in (self.beta1, self.beta2))
-        return first, second
+    corrections: tuple[float, float]
+    """What the moments are divided by, as they began with zeros."""
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Hyperparameters":
@@ -45,7 +35,11 @@ class Hyperparameters:
         beta1, beta2 = group["betas"]
         # Numbers even where a checkpoint brought tensors: Triton would take those for pointers.
         lr, eps, decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
-        return cls(lr, beta1, beta2, eps, decay, int(group["step"]))
+        step = int(group["step"])
+        # Of betas in fp32, as the kernel has them: 1 - 0.999 is there another number by 1e-5 of
+        # itself, which the first updates would not lose.
+        first, second = (1.0 - float(np.float32(beta)) ** step for beta in (beta1, beta2))
+        return cls(lr, beta1, beta2, eps, decay, (first, second))
 
 
 def update(

@@ -121,10 +121,10 @@ def clip_and_update(optimizer: Any, norm: float) -> None:
     changes.
     """
     for part in optimizer.chained_optimizers:
-        parameters, update = part.get_parameters(), getattr(part.optimizer, "step", None)
+        update = getattr(part.optimizer, "step", None)
         if isinstance(update, FusedUpdate):
             update.factor = clip_factor(norm, part.config.clip_grad)
-        elif parameters and part.config.clip_grad > 0:
+        elif part.config.clip_grad > 0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(
                 parameters,
                 max_norm=part.config.clip_grad,
